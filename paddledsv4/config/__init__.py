@@ -1,0 +1,15 @@
+"""Typed, frozen configurations: what is computed (model), how it is trained, and the recipe that names both."""
+
+from paddledsv4.config.model import ModelConfig, RopeScaling
+from paddledsv4.config.recipe import DataConfig, Recipe
+from paddledsv4.config.training import OptimizerConfig, ParallelConfig, TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Recipe",
+    "RopeScaling",
+    "TrainConfig",
+]

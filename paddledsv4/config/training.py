@@ -1,0 +1,80 @@
+"""How a model is trained: optimizer, batches, losses, and over how many ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from paddledsv4.config.base import StrictConfig
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+NO_DECAY = "parameters with one dimension"
+
+
+class OptimizerConfig(StrictConfig):
+    """AdamW with decoupled weight decay and a learning-rate schedule; ``warmup_steps`` counts optimizer steps."""
+
+    SECTION: ClassVar[str] = "optimizer."
+
+    name: Literal["adamw"] = "adamw"
+    lr: NotNegative
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NotNegative = 0.1
+    no_decay: Literal["parameters with one dimension"] = NO_DECAY
+    min_lr: NotNegative = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.min_lr > self.lr:
+            self.reject("min_lr", f"must be at most lr ({self.lr})")
+        return self
+
+
+class TrainConfig(StrictConfig):
+    """One training run; ``sequence_length`` in tokens, ``micro_batch_size`` in rows, ``steps`` in optimizer steps."""
+
+    SECTION: ClassVar[str] = "training."
+
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    sequence_length: Count
+    micro_batch_size: Count
+    gradient_accumulation_steps: Count = 1
+    steps: Count
+    optimizer: OptimizerConfig
+    clip_grad_norm: NotNegative = 1.0
+    mtp_loss_scaling_factor: NotNegative = 0.1
+    indexer_loss_coeff: NotNegative = 0.01
+    indexer_sparse_loss: bool = True
+    seq_aux_loss_coeff: NotNegative = 0.0001
+    expert_bias_update_rate: NotNegative = 0.001
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class ParallelConfig(StrictConfig):
+    """Ranks per kind of parallelism; expert parallelism shares the ranks of data parallelism."""
+
+    SECTION: ClassVar[str] = "parallel."
+
+    world_size: Count = 1
+    data: Count = 1
+    expert: Count = 1
+    tensor: Count = 1
+    context: Count = 1
+    pipeline: Count = 1
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        ranks = self.data * self.tensor * self.context * self.pipeline
+        if self.world_size != ranks:
+            self.reject("world_size", f"must be data x tensor x context x pipeline = {ranks}")
+        if (self.data * self.tensor * self.context) % self.expert:
+            self.reject("expert", f"must divide data x tensor x context ({ranks // self.pipeline})")
+        return self

@@ -1,0 +1,32 @@
+"""Mixture-of-experts layer: shared expert plus the routed experts of every token."""
+
+from __future__ import annotations
+
+from paddle import Tensor, nn
+
+from paddledsv4.moe.experts import MLP, Experts
+from paddledsv4.moe.router import HashRouter, LearnedRouter
+from paddledsv4.transformer.build import Build, ForwardContext
+
+
+class MoELayer(nn.Layer):
+    """x [s, b, C] -> [s, b, C]."""
+
+    def __init__(self, build: Build, hash_routing: bool):
+        super().__init__()
+        self.ops = build.ops
+        config = build.config
+        self.router = (HashRouter if hash_routing else LearnedRouter)(build.at("router"))
+        self.experts = Experts(build.at("experts"))
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(build.at("shared_experts"), shared) if shared else None
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        shared = self.shared_experts(x) if self.shared_experts is not None else None
+        probs, routing_map = self.router(x, context)
+        tokens = x.reshape([-1, x.shape[-1]])
+        rows, row_probs, token_index = self.ops.permute(tokens, probs, routing_map)
+        out = self.experts(rows, row_probs, routing_map.astype("int64").sum(0))
+        routed = self.ops.unpermute(out, token_index, tokens.shape[0])
+        routed = routed.reshape(x.shape)
+        return routed if shared is None else routed + shared

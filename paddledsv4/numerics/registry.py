@@ -1,0 +1,69 @@
+"""The one table of numeric choices: every operation, its variants, and what tells them apart.
+
+An op is a small function with a contract; its variants compute the same formula and differ in rounding, order
+or speed. A file of ``paddledsv4/ops`` defines its op and registers the variants side by side::
+
+    rms_norm = define("rms_norm", "RMS normalisation with a weight", spec="0")
+
+    @rms_norm.variant("paddle", "native, hand-written backward")
+    def paddle_rms_norm(x, weight, eps): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute an op. ``note`` says in one line what differs from the others."""
+
+    name: str
+    function: Callable
+    note: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """A numeric operation: its name, its meaning, where the reference's order is specified, its outputs."""
+
+    name: str
+    summary: str
+    spec: str
+    outputs: tuple[str, ...] = ("out",)
+    variants: dict[str, Variant] = field(default_factory=dict)
+
+    def variant(self, name: str, note: str) -> Callable[[Callable], Callable]:
+        """Register the decorated function as variant ``name``."""
+
+        def register(function: Callable) -> Callable:
+            if name in self.variants:
+                raise ValueError(f"op {self.name} already has a variant {name}")
+            self.variants[name] = Variant(name, function, note)
+            return function
+
+        return register
+
+    @property
+    def environment_variable(self) -> str:
+        """The variable that overrides the choice for this op."""
+        return f"PADDLEDSV4_{self.name.upper()}"
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(name: str, summary: str, spec: str, outputs: tuple[str, ...] = ("out",)) -> Op:
+    """Add an op to the table. ``spec`` names the sections of megatron-dsv4-spec.md that fix its order."""
+    if name in OPS:
+        raise ValueError(f"op {name} is defined twice")
+    OPS[name] = Op(name, summary, spec, outputs)
+    return OPS[name]
+
+
+def load_all() -> dict[str, Op]:
+    """Import every op, so that the table is complete, and return it."""
+    import paddledsv4.ops  # noqa: F401  (importing registers)
+
+    return OPS

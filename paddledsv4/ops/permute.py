@@ -1,0 +1,27 @@
+"""Tokens sorted by expert, and back."""
+
+from __future__ import annotations
+
+import paddle
+from paddle import Tensor
+
+from paddledsv4.numerics.registry import define
+
+permute = define("permute", "token rows grouped by expert, ascending tokens inside", spec="9.4",
+                 outputs=("rows", "probs", "token_index"))
+unpermute = define("unpermute", "sum of every token's expert outputs", spec="9.6")
+
+
+@permute.variant("paddle", "nonzero of the transposed map, then gather")
+def paddle_permute(x: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, C], probs and map [T, E] -> rows [n, C], their probs [n], their token [n]; n assignments in all."""
+    expert, token = paddle.nonzero(routing_map.t(), as_tuple=True)
+    expert, token = expert.flatten(), token.flatten()
+    flat = token * probs.shape[1] + expert
+    return paddle.gather(x, token), paddle.gather(probs.flatten(), flat), token
+
+
+@unpermute.variant("paddle", "index_add into zeros, ascending experts")
+def paddle_unpermute(rows: Tensor, token_index: Tensor, tokens: int) -> Tensor:
+    """rows [n, C], token_index [n] -> [tokens, C]."""
+    return paddle.index_add(paddle.zeros([tokens, rows.shape[-1]], rows.dtype), token_index, 0, rows)

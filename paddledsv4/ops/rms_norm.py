@@ -1,0 +1,55 @@
+"""RMS normalisation over the last dimension: y = x / sqrt(mean(x^2) + eps) * w."""
+
+from __future__ import annotations
+
+import paddle
+from paddle import Tensor
+
+from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.registry import define
+from paddledsv4.ops.precision import widen
+
+rms_norm = define("rms_norm", "RMS normalisation with a weight", spec="0")
+head_norm = define("head_norm", "RMS normalisation of each query head, without a weight", spec="5.1")
+
+
+def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    r = paddle.rsqrt(paddle.square(x).mean(-1, keepdim=True) + eps)
+    return x * r, r
+
+
+def _normalise_backward(g: Tensor, u: Tensor, r: Tensor) -> Tensor:
+    """Gradient of u = x r(x): r (g - u mean(g u))."""
+    return (g - u * (g * u).mean(-1, keepdim=True)) * r
+
+
+@rms_norm.variant("paddle", "in float32 or wider, hand-written backward")
+@differentiable
+def paddle_rms_norm(x: Tensor, weight: Tensor, eps: float):
+    """x [..., L], weight [L] -> [..., L] in the dtype of x."""
+    u, r = _normalise(widen(x), eps)
+
+    def backward(dy):
+        dy = widen(dy)
+        dw = (dy * u).reshape([-1, u.shape[-1]]).sum(0)
+        return _normalise_backward(dy * weight, u, r).astype(x.dtype), dw.astype(weight.dtype)
+
+    return (u * weight).astype(x.dtype), backward
+
+
+@rms_norm.variant("plain", "the formula, differentiated by autograd")
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (_normalise(widen(x), eps)[0] * weight).astype(x.dtype)
+
+
+@head_norm.variant("paddle", "in float32 or wider, hand-written backward")
+@differentiable
+def paddle_head_norm(x: Tensor, eps: float):
+    """x [..., D] -> [..., D] in the dtype of x."""
+    u, r = _normalise(widen(x), eps)
+    return u.astype(x.dtype), lambda dy: (_normalise_backward(widen(dy), u, r).astype(x.dtype),)
+
+
+@head_norm.variant("plain", "the formula, differentiated by autograd")
+def plain_head_norm(x: Tensor, eps: float) -> Tensor:
+    return _normalise(widen(x), eps)[0].astype(x.dtype)

@@ -1,0 +1,148 @@
+"""Attention of every query over a sliding window and compressed entries, with one shared key-value head and a sink.
+
+out = sum_k p_k kv_k, p = exp(score) / (sum exp(score) + exp(sink)): the sink takes weight and gives no value.
+"""
+
+from __future__ import annotations
+
+import paddle
+from paddle import Tensor
+from paddle.nn import functional as F
+
+from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.registry import define
+from paddledsv4.ops.attention_segments import NEVER, Compressed, Selected, Window, causal_mask
+from paddledsv4.ops.precision import dtype_name, widen
+
+sparse_attention = define("sparse_attention", "window and selected compressed entries under one softmax with sink",
+                          spec="8.4")
+
+CHUNK_NUMBERS = 1 << 24  # at most about this many scores or gathered numbers are alive at a time
+
+
+def batch_first(x: Tensor, rows: int | None = None) -> Tensor:
+    """[s, b, ...] -> [b, rows, ...], zeros behind row s."""
+    x = widen(x)
+    if rows is not None and rows > x.shape[0]:
+        x = paddle.concat([x, paddle.zeros([rows - x.shape[0], *x.shape[1:]], x.dtype)], 0)
+    return x.transpose([1, 0, *range(2, x.ndim)])
+
+
+def make_segments(kv: Tensor, compressed: Tensor | None, selected: Tensor | None, window: int, ratio: int) -> list:
+    """The segments of kv [s, b, D], compressed [g, b, D] or None, selected [b, s, K] or None for all complete ones.
+
+    Rows are padded to a multiple of the window.
+    """
+    padded = -(-kv.shape[0] // window) * window
+    segments = [Window(batch_first(kv, padded), window)]
+    if compressed is not None and selected is None:
+        segments.append(Compressed(batch_first(compressed), ratio))
+    elif compressed is not None:
+        pad = padded - selected.shape[1]
+        index = F.pad(selected, [0, 0, 0, pad, 0, 0], value=-1, pad_from_left_axis=True) if pad else selected
+        segments.append(Selected(batch_first(compressed), index))
+    return segments
+
+
+def row_chunks(rows: int, window: int, numbers_per_row: int) -> list[tuple[int, int]]:
+    """Cut ``rows`` into ranges of whole windows whose temporaries stay under the limit."""
+    step = max(CHUNK_NUMBERS // (numbers_per_row * window), 1) * window
+    return [(r, min(r + step, rows)) for r in range(0, rows, step)]
+
+
+def _row_cost(query: Tensor, segments: list, window: int) -> int:
+    heads, d = query.shape[2:]
+    cost = query.shape[1] * 2 * heads * window
+    for segment in segments[1:]:
+        cost += query.shape[1] * (segment.index.shape[-1] * d if isinstance(segment, Selected)
+                                  else heads * segment.keys.shape[1])
+    return cost
+
+
+@sparse_attention.variant("paddle", "banded window, chunks of rows; backward recomputes the probabilities")
+@differentiable
+def paddle_sparse_attention(
+    query: Tensor, kv: Tensor, compressed: Tensor | None, selected: Tensor | None, sink: Tensor,
+    window: int, ratio: int, scale: float,
+):
+    """query [s, b, H, D], kv [s, b, D], compressed [g, b, D] or None, selected [b, s, K] integers (-1: none) or None
+    for every complete entry, sink [H] -> [s, b, H*D] in the dtype of query."""
+    s, b, heads, d = query.shape
+    segments = make_segments(kv, compressed, selected, window, ratio)
+    padded = segments[0].kv.shape[1]
+    q = batch_first(query, padded) * scale
+    sink_logit = widen(sink).reshape([1, 1, heads, 1])
+    chunks = row_chunks(padded, window, _row_cost(query, segments, window))
+
+    outs, lses = [], []
+    for r0, r1 in chunks:
+        parts = [segment.cut(r0, r1) for segment in segments]
+        scores = [part.scores(q[:, r0:r1]) for part in parts]
+        top = sink_logit
+        for x in scores:
+            top = paddle.maximum(top, x.max(-1, keepdim=True))
+        weights = [paddle.exp(x - top) for x in scores]
+        total = paddle.exp(sink_logit - top)
+        for x in weights:
+            total = total + x.sum(-1, keepdim=True)
+        values = [part.weigh(x) for part, x in zip(parts, weights, strict=True)]
+        outs.append(paddle.add_n(values) / total)
+        lses.append(top + paddle.log(total))
+    out, lse = paddle.concat(outs, 1), paddle.concat(lses, 1)
+
+    def backward(dy):
+        dout = batch_first(dy.reshape([s, b, heads, d]), padded)
+        delta = (dout * out).sum(-1, keepdim=True)
+        dsink = -(paddle.exp(sink_logit - lse) * delta).sum([0, 1, 3])
+        for segment in segments:
+            segment.begin_gradient()
+        dqs = []
+        for r0, r1 in chunks:
+            rows = slice(r0, r1)
+            dq = []
+            for part in (segment.cut(r0, r1) for segment in segments):
+                p = paddle.exp(part.scores(q[:, rows]) - lse[:, rows])
+                # where the mask forbids a key p is zero, so the gradient needs no mask
+                dp = part.products(dout[:, rows])
+                dq.append(part.gradient(p, p * (dp - delta[:, rows]), q[:, rows], dout[:, rows]))
+            dqs.append(paddle.add_n(dq))
+        dquery = (paddle.concat(dqs, 1)[:, :s] * scale).transpose([1, 0, 2, 3]).astype(query.dtype)
+        dkeys = [segment.dkeys.transpose([1, 0, 2]) for segment in segments]
+        dkv = dkeys[0][: kv.shape[0]].astype(kv.dtype)
+        dcompressed = (dkeys[1].astype(compressed.dtype),) if compressed is not None else ()
+        dselected = (None,) if selected is not None else ()
+        return dquery, dkv, *dcompressed, *dselected, dsink.astype(sink.dtype)
+
+    result = out[:, :s].transpose([1, 0, 2, 3]).reshape([s, b, heads * d]).astype(query.dtype)
+    return result, backward
+
+
+def selection_mask(selected: Tensor | None, rows: int, groups: int, ratio: int, dtype: str) -> Tensor:
+    """[b or 1, rows, groups] additive: 0 where a query sees a compressed entry, NEVER elsewhere."""
+    if selected is None:
+        return causal_mask(0, rows, groups, ratio, dtype).unsqueeze(0)
+    chosen = F.one_hot(selected + 1, groups + 1).sum(2)[:, :, 1:].astype(dtype)
+    return (1.0 - chosen) * NEVER
+
+
+@sparse_attention.variant("plain", "dense scores over all positions with a mask, differentiated by autograd")
+def plain_sparse_attention(
+    query: Tensor, kv: Tensor, compressed: Tensor | None, selected: Tensor | None, sink: Tensor,
+    window: int, ratio: int, scale: float,
+) -> Tensor:
+    s, b, heads, d = query.shape
+    q, keys = batch_first(query), batch_first(kv)
+    dtype = dtype_name(q)
+    position = paddle.arange(s)
+    distance = position.unsqueeze(1) - position.unsqueeze(0)
+    mask = ((distance < 0) | (distance >= window)).astype(dtype).unsqueeze(0) * NEVER
+    if compressed is not None:
+        entries = batch_first(compressed)
+        visible = selection_mask(selected, s, entries.shape[1], ratio, dtype)
+        mask = paddle.concat([mask.expand([visible.shape[0], -1, -1]), visible], -1)
+        keys = paddle.concat([keys, entries], 1)
+    scores = paddle.einsum("bshd,btd->bsht", q, keys) * scale + mask.unsqueeze(2)
+    with_sink = paddle.concat([scores, widen(sink).reshape([1, 1, heads, 1]).expand([b, s, heads, 1])], -1)
+    p = F.softmax(with_sink, -1)[..., :-1]
+    out = paddle.einsum("bsht,btd->bshd", p, keys)
+    return out.transpose([1, 0, 2, 3]).reshape([s, b, heads * d]).astype(query.dtype)

@@ -1,0 +1,96 @@
+"""One optimizer step: microbatches forward and backward with their loss scales, then the update (spec 1, 10, 13)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from paddledsv4.config import TrainConfig
+from paddledsv4.model import DeepseekV4Model
+from paddledsv4.training.optimizer import Optimizer
+from paddledsv4.transformer.build import AuxiliaryLosses
+
+
+@dataclass(frozen=True)
+class MicrobatchLoss:
+    """Mean losses of one microbatch on one rank; ``mtp`` is None without MTP layers."""
+
+    microbatch: int
+    rank: int
+    main: float
+    mtp: float | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. ``step`` counts from 1; ``seconds`` is wall time; ``tokens`` counts input tokens."""
+
+    step: int
+    losses: list[MicrobatchLoss]
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    tokens: int
+
+
+def auxiliary_losses(train: TrainConfig) -> AuxiliaryLosses:
+    """The weights of the auxiliary losses under this training configuration."""
+    return AuxiliaryLosses(
+        mtp_factor=train.mtp_loss_scaling_factor,
+        indexer_coeff=train.indexer_loss_coeff,
+        indexer_sparse=train.indexer_sparse_loss,
+        sequence_coeff=train.seq_aux_loss_coeff,
+        seed=1.0 / train.gradient_accumulation_steps,
+    )
+
+
+def masked_mean(losses: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the unmasked losses over their number (at least 1); both [b, s] -> scalar."""
+    return (losses * mask).sum() / mask.sum().clip(min=1.0)
+
+
+def microbatch_gradients(
+    model: DeepseekV4Model, auxiliary: AuxiliaryLosses, inputs: Tensor, labels: Tensor, loss_mask: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Forward and backward of one microbatch. Adds to every parameter's ``grad``; returns the mean losses.
+
+    The main loss weighs ``seed``, the mean over MTP depths ``mtp_factor * seed``.
+    """
+    losses = model.losses(inputs, labels, loss_mask, auxiliary)
+    main = masked_mean(losses.main, losses.main_mask)
+    mtp = [masked_mean(loss, mask) for loss, mask in zip(losses.mtp, losses.mtp_masks, strict=True)]
+    total = main * auxiliary.seed
+    for loss in mtp:
+        total = total + loss * (auxiliary.mtp_factor / len(mtp) * auxiliary.seed)
+    total.backward()
+    return main.detach(), paddle.add_n(mtp).detach() / len(mtp) if mtp else None
+
+
+def train_step(
+    model: DeepseekV4Model,
+    optimizer: Optimizer,
+    train: TrainConfig,
+    step: int,
+    microbatch: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    learning_rate: float,
+    rank: int = 0,
+) -> StepResult:
+    """Step number ``step`` (from 1). ``microbatch(i)`` gives inputs and labels [b, s] of microbatch i."""
+    start = time.perf_counter()
+    auxiliary, records, tokens = auxiliary_losses(train), [], 0
+    for index in range(train.gradient_accumulation_steps):
+        inputs, labels = (paddle.to_tensor(x, dtype="int64") for x in microbatch(index))
+        mask = paddle.ones(labels.shape, optimizer.states[0].main_grad.dtype)
+        main, mtp = microbatch_gradients(model, auxiliary, inputs, labels, mask)
+        optimizer.accumulate()
+        records.append(MicrobatchLoss(index, rank, float(main), None if mtp is None else float(mtp)))
+        tokens += inputs.size
+    for router in model.learned_routers():
+        router.update_expert_bias(train.expert_bias_update_rate)
+    norm = optimizer.step(learning_rate)
+    return StepResult(step, records, norm, learning_rate, time.perf_counter() - start, int(tokens))

@@ -1,0 +1,1 @@
+"""Layers that read like the paper: they own parameters and call ops, nothing else."""

@@ -1,0 +1,79 @@
+"""Hybrid attention: a sliding window in every layer, plus compressed entries at ratio 4 (CSA) or 128 (HCA)."""
+
+from __future__ import annotations
+
+from paddle import Tensor, nn
+
+from paddledsv4.transformer.build import Build, ForwardContext, constant, parameter
+from paddledsv4.transformer.compressor import Compressor
+from paddledsv4.transformer.indexer import Indexer
+from paddledsv4.transformer.linear import Linear
+from paddledsv4.transformer.norm import RMSNorm
+from paddledsv4.transformer.rotary import RotaryEmbedding
+
+
+class CoreAttention(nn.Layer):
+    """Window, compressed entries and sink: attn_sink [H], and at ratio 4 an indexer that selects entries."""
+
+    def __init__(self, build: Build, ratio: int, rotary: RotaryEmbedding):
+        super().__init__()
+        self.ops = build.ops
+        config = build.config
+        self.ratio, self.window, self.scale = ratio, config.sliding_window, config.head_dim**-0.5
+        self.attn_sink = constant([config.num_attention_heads], build.wide_dtype, 0.0)
+        self.compressor = Compressor(build.at("compressor"), ratio, config.head_dim, rotary) if ratio else None
+        self.indexer = Indexer(build.at("indexer"), ratio, rotary) if ratio == 4 else None
+
+    def forward(self, query: Tensor, kv: Tensor, x: Tensor, q_lora: Tensor, context: ForwardContext) -> Tensor:
+        """query [s, b, H, D], kv [s, b, D], x [s, b, C], q_lora [s, b, R] -> [s, b, H*D]."""
+        compressed = self.compressor(x) if self.compressor is not None else None
+        scores = selected = None
+        if self.indexer is not None and compressed is not None:
+            scores, selected = self.indexer(x, q_lora)
+        out = self.ops.sparse_attention(
+            query, kv, compressed, selected, self.attn_sink, window=self.window, ratio=self.ratio, scale=self.scale
+        )
+        losses = context.losses
+        if scores is not None and losses.indexer_coeff:
+            loss = self.ops.indexer_loss(
+                scores, query.detach(), kv.detach(), compressed.detach(), self.attn_sink.detach(), selected,
+                window=self.window, ratio=self.ratio, scale=self.scale,
+                coeff=losses.indexer_coeff, sparse=losses.indexer_sparse,
+            )
+            out = self.ops.attach_loss(out, loss, losses.indexer_seed)
+        return out
+
+
+class Attention(nn.Layer):
+    """Low-rank queries, one shared key-value head, rotary positions, grouped low-rank output."""
+
+    def __init__(self, build: Build, ratio: int):
+        super().__init__()
+        self.ops = build.ops
+        config = build.config
+        self.heads, self.head_dim, self.groups = config.num_attention_heads, config.head_dim, config.o_groups
+        self.eps = config.rms_norm_eps
+        self.rotary = RotaryEmbedding.for_ratio(config, ratio)
+        self.rotary_dtype = build.wide_dtype
+        hidden, width, low_rank = config.hidden_size, self.heads * self.head_dim, self.groups * config.o_lora_rank
+        normal = nn.initializer.Normal(0.0, config.initializer_range)
+        self.linear_o_group_proj = parameter([low_rank, width // self.groups], build.dtype, normal)
+        self.core_attention = CoreAttention(build.at("core_attention"), ratio, self.rotary)
+        self.linear_proj = Linear(build.at("linear_proj"), low_rank, hidden)
+        self.linear_q_down_proj = Linear(build.at("linear_q_down_proj"), hidden, config.q_lora_rank)
+        self.linear_q_up_proj = Linear(build.at("linear_q_up_proj"), config.q_lora_rank, width)
+        self.linear_kv_proj = Linear(build.at("linear_kv_proj"), hidden, self.head_dim)
+        self.kv_layernorm = RMSNorm(build.at("kv_layernorm"), self.head_dim)
+        self.q_layernorm = RMSNorm(build.at("q_layernorm"), config.q_lora_rank)
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """x [s, b, C] -> [s, b, C]."""
+        s, b, _ = x.shape
+        cos, sin = self.rotary.table(s, self.rotary_dtype)
+        q_lora = self.q_layernorm(self.linear_q_down_proj(x))
+        query = self.linear_q_up_proj(q_lora).reshape([s, b, self.heads, self.head_dim])
+        query = self.ops.rope(self.ops.head_norm(query, self.eps), cos, sin)
+        kv = self.ops.rope(self.kv_layernorm(self.linear_kv_proj(x)), cos, sin)
+        out = self.core_attention(query, kv, x, q_lora, context)
+        out = self.ops.rope(out.reshape(query.shape), cos, sin, inverse=True).reshape([s, b, -1])
+        return self.linear_proj(self.ops.grouped_linear(out, self.linear_o_group_proj, groups=self.groups))

@@ -1,0 +1,70 @@
+"""What every layer is built from, and what every forward pass carries along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import paddle
+from paddle import Tensor, nn
+
+from paddledsv4.config import ModelConfig
+from paddledsv4.numerics.policy import Policy
+from paddledsv4.ops.precision import accumulate_dtype
+
+
+@dataclass(frozen=True)
+class Build:
+    """Config, numeric policy and parameter dtype, with the path of the layer being built."""
+
+    config: ModelConfig
+    policy: Policy
+    dtype: str = "float32"
+    path: str = ""
+
+    def at(self, name: str) -> Build:
+        """The same for the child ``name``."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)
+
+    @property
+    def ops(self) -> SimpleNamespace:
+        """The ops of this layer, resolved: ``ops.rms_norm(x, weight, eps)``."""
+        return self.policy.ops()
+
+    @property
+    def wide_dtype(self) -> str:
+        """dtype of the parameters that are never kept below float32."""
+        return accumulate_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class AuxiliaryLosses:
+    """Weights of the losses beside the main one, and the gradient seed that rides with them.
+
+    ``seed`` is 1 / number of microbatches; the indexer's loss is seeded with 1 as in the reference (spec 8.3).
+    """
+
+    mtp_factor: float = 0.1
+    indexer_coeff: float = 0.0
+    indexer_sparse: bool = True
+    sequence_coeff: float = 0.0
+    seed: float = 1.0
+    indexer_seed: float = 1.0
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """input_ids [b, s] that the hash routers read, and the auxiliary losses of this pass."""
+
+    input_ids: Tensor
+    losses: AuxiliaryLosses
+
+
+def parameter(shape: list[int], dtype: str, initializer: nn.initializer.Initializer) -> Tensor:
+    """A trainable parameter, initialised."""
+    return paddle.create_parameter(shape, dtype=dtype, default_initializer=initializer)
+
+
+def constant(shape: list[int], dtype: str, value: float) -> Tensor:
+    """A trainable parameter that starts at ``value`` everywhere."""
+    return parameter(shape, dtype, nn.initializer.Constant(value))

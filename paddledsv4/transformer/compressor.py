@@ -1,0 +1,36 @@
+"""Compressor: learned pooling of groups of tokens into key-value entries (ratio 4 overlapping, ratio 128 not)."""
+
+from __future__ import annotations
+
+from paddle import Tensor, nn
+
+from paddledsv4.transformer.build import Build, constant
+from paddledsv4.transformer.linear import Linear
+from paddledsv4.transformer.norm import RMSNorm
+from paddledsv4.transformer.rotary import RotaryEmbedding
+
+
+class Compressor(nn.Layer):
+    """a [s, b, C] -> entries [s // ratio, b, head_dim], normalised and rotated to their group's first position."""
+
+    def __init__(self, build: Build, ratio: int, head_dim: int, rotary: RotaryEmbedding):
+        super().__init__()
+        self.ops = build.ops
+        self.ratio, self.overlap, self.rotary = ratio, ratio == 4, rotary
+        width = head_dim * (2 if self.overlap else 1)
+        self.ape = constant([ratio, width], build.wide_dtype, 0.0)
+        self.linear_wkv = Linear(build.at("linear_wkv"), build.config.hidden_size, width)
+        self.linear_wgate = Linear(build.at("linear_wgate"), build.config.hidden_size, width)
+        self.norm = RMSNorm(build.at("norm"), head_dim)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """None when the sequence is shorter than one group."""
+        groups = x.shape[0] // self.ratio
+        if groups == 0:
+            return None
+        pooled = self.ops.compress(
+            self.linear_wkv(x), self.linear_wgate(x), self.ape, ratio=self.ratio, overlap=self.overlap
+        )
+        entries = self.norm(pooled.astype(x.dtype))
+        cos, sin = self.rotary.table(groups, self.ape.dtype, stride=self.ratio)
+        return self.ops.rope(entries, cos, sin)

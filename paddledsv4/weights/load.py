@@ -1,0 +1,52 @@
+"""Load a Megatron state dict into the model, strictly. Our parameter names are Megatron's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+from paddle import Tensor, nn
+
+from paddledsv4.errors import UserError
+
+
+def named_tensors(model: nn.Layer) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, parameters first, in the model's order."""
+    parameters = dict(model.named_parameters())
+    persistent = set(model.state_dict())
+    return parameters | {n: b for n, b in model.named_buffers() if n in persistent and n not in parameters}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def load_megatron_state(model: nn.Layer, state: Mapping[str, np.ndarray]) -> None:
+    """Copy ``state`` into the model in the model's dtypes. Nothing is copied unless everything fits.
+
+    Raises:
+        UserError: missing or extra names, or a shape that the config does not give.
+    """
+    tensors = named_tensors(model)
+    missing = [name for name in tensors if name not in state]
+    extra = [name for name in state if name not in tensors]
+    if missing:
+        raise UserError(f"weights: {_listed(missing)} missing, which the model config asks for")
+    if extra:
+        raise UserError(f"weights: {_listed(extra)} not in a model of this config")
+    for name, tensor in tensors.items():
+        if list(state[name].shape) != list(tensor.shape):
+            raise UserError(
+                f"weights: {name} has shape {list(state[name].shape)}, the model config gives {list(tensor.shape)}"
+            )
+    for name, tensor in tensors.items():
+        tensor.set_value(np.ascontiguousarray(state[name]).astype(str(tensor.dtype).split(".")[-1]))
+
+
+def weights_md5(model: nn.Layer) -> str:
+    """MD5 over the raw bytes of all parameters in sorted name order."""
+    digest = hashlib.md5()
+    for _, parameter in sorted(model.named_parameters()):
+        digest.update(np.ascontiguousarray(parameter.numpy()).tobytes())
+    return digest.hexdigest()
