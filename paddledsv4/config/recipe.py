@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
 from typing_extensions import Self
 
 from paddledsv4.config.base import StrictConfig
@@ -28,15 +27,15 @@ class Recipe(StrictConfig):
 
     ``model`` is a section or the path of a config.json; paths in ``model`` and ``data.tokens`` are relative to the
     recipe, ``output`` to the working directory. ``numerics`` is a preset's name, or a mapping of op to variant in
-    which the key ``preset`` names the preset to start from.
+    which the key ``preset`` names the preset to start from; left out, the environment decides.
     """
 
     model: ModelConfig
     training: TrainConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig | None = None
-    numerics: str | dict[str, str] = "paddle"
-    output: str = Field(default="runs/paddledsv4")
+    numerics: str | dict[str, str] | None = None
+    output: str = "runs/paddledsv4"
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -64,12 +63,12 @@ class Recipe(StrictConfig):
             UserError: the recipe does not have it.
         """
         if getattr(self, section) is None:
-            raise UserError(f"{section} is missing; training needs a {section}: section in the recipe")
+            raise UserError(f"{section} is missing; a recipe that trains needs a {section}: section")
         return getattr(self, section)
 
-    def numerics_choice(self) -> tuple[str, dict[str, str]]:
-        """(preset, overrides op -> variant)."""
-        if isinstance(self.numerics, str):
+    def numerics_choice(self) -> tuple[str | None, dict[str, str]]:
+        """(preset or None, overrides op -> variant): the arguments of ``Policy.from_env``."""
+        if not isinstance(self.numerics, dict):
             return self.numerics, {}
         overrides = dict(self.numerics)
-        return overrides.pop("preset", "paddle"), overrides
+        return overrides.pop("preset", None), overrides

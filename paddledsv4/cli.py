@@ -1,0 +1,204 @@
+"""The ``paddledsv4`` command: train from a recipe, size a model, list the numeric choices."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from paddledsv4.config import ModelConfig, Recipe
+from paddledsv4.errors import UserError
+from paddledsv4.info import ACTIVATION_FORMULA, BFLOAT16, FLOAT32, ModelInfo, model_info
+
+if TYPE_CHECKING:
+    from paddledsv4.training.runlog import RunLog
+    from paddledsv4.training.trainer import Trainer
+
+# Paddle is imported inside the commands that compute: `info` and every --help answer without it.
+
+app = typer.Typer(
+    help="DeepSeek-V4 training on PaddlePaddle that computes what Megatron-LM computes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+Numerics = Annotated[
+    str | None, typer.Option(help="Numerics preset; wins over the recipe, which wins over PADDLEDSV4_NUMERICS.")
+]
+
+TRAIN_EXAMPLES = """[bold]Examples[/bold]
+
+  paddledsv4 train --config configs/tiny.yaml
+
+  paddledsv4 train --config configs/tiny.yaml --steps 20 --out runs/short --numerics plain"""
+
+INFO_EXAMPLES = """[bold]Examples[/bold]
+
+  paddledsv4 info --config configs/flash.yaml
+
+  paddledsv4 info --config DeepSeek-V4-Pro/config.json --json | jq .parameters"""
+
+
+@app.command(epilog=TRAIN_EXAMPLES)
+def train(
+    config: Annotated[Path, typer.Option(help="A yaml recipe with model, training and data sections.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for train.jsonl and loss.png.")] = None,
+    numerics: Numerics = None,
+) -> None:
+    """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well."""
+    from paddledsv4.training.data import load_tokens
+    from paddledsv4.training.runlog import RunLog
+
+    recipe = Recipe.from_file(config)
+    try:
+        training, data = recipe.require("training"), recipe.require("data")
+        if recipe.parallel.world_size != 1:
+            recipe.parallel.reject("world_size", "must be 1; this command trains on one rank")
+    except UserError as error:
+        raise UserError(f"{config}: {error}") from None
+    training = training.replace(steps=steps) if steps else training
+    tokens = load_tokens(data.tokens, training.sequence_length, recipe.model.vocab_size)
+
+    from paddledsv4.host import prepare_host
+
+    prepare_host()
+    from paddledsv4.numerics.policy import Policy
+    from paddledsv4.training.trainer import Trainer
+
+    preset, overrides = (numerics, {}) if numerics else recipe.numerics_choice()
+    policy = Policy.from_env(preset, overrides)
+    trainer = Trainer(recipe.model, training, policy, tokens)
+    header = {"numerics": policy.name, "fingerprint": policy.fingerprint, "policy": policy.describe()}
+    header |= {"model": recipe.model.model_dump(mode="json"), "training": training.model_dump(mode="json")}
+    log = RunLog(out or Path(recipe.output), header)
+    console = Console()
+    console.print(
+        f"{model_info(recipe.model).parameters:,} parameters, {training.precision}, "
+        f"numerics {policy.name} ({policy.fingerprint})", highlight=False,
+    )  # fmt: skip
+    try:
+        _steps(trainer, training.steps, log)
+    except KeyboardInterrupt:
+        console.print(f"stopped by Ctrl-C after step {len(log.records)}")
+        raise typer.Exit(130) from None
+    finally:
+        log.close()
+        if log.records:
+            _last_step(log, console)
+
+
+def _steps(trainer: Trainer, steps: int, log: RunLog) -> None:
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=steps, loss="")
+        for result in trainer.train(steps=steps):
+            record = log.write(result)
+            progress.update(task, completed=result.step, loss=_losses(record))
+            if not all(math.isfinite(float(record[key])) for key in ("main", "grad_norm")):
+                raise UserError(f"step {result.step}: {_losses(record)}, grad_norm {record['grad_norm']}: "
+                                "not finite, training stopped")  # fmt: skip
+
+
+def _losses(record: dict) -> str:
+    return "  ".join(f"{key} {float(record[key]):.4f}" for key in ("main", "mtp") if record[key] is not None)
+
+
+def _last_step(log: RunLog, console: Console) -> None:
+    last = log.records[-1]
+    console.print(
+        f"step {last['step']}  {_losses(last)}  grad_norm {last['grad_norm']}  {last['tokens_per_second']:,} tokens/s",
+        highlight=False,
+    )
+    console.print(f"log {log.path}\ncurves {log.picture}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog=INFO_EXAMPLES)
+def info(
+    config: Annotated[Path, typer.Option(help="A config.json, a recipe, a bundle.json, or a folder with one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain numbers as JSON.")] = False,
+) -> None:
+    """Count parameters and estimate training memory, part by part, without allocating anything."""
+    numbers = model_info(ModelConfig.from_file(config))
+    if as_json:
+        print(json.dumps(numbers.to_dict(), indent=2))
+        return
+    console = Console()
+    console.print(_parts_table(numbers))
+    console.print(_memory_table(numbers))
+    console.print(f"[dim]Activations: {ACTIVATION_FORMULA}[/dim]", highlight=False)
+
+
+def _parts_table(numbers: ModelInfo) -> Table:
+    table = Table("part", title="Parameters")
+    for heading in ("parameters", "share", "used per token"):
+        table.add_column(heading, justify="right")
+    for part in numbers.parts:
+        share = f"{part.parameters / numbers.parameters:.2%}"
+        table.add_row(part.name, f"{part.parameters:,}", share, f"{part.activated:,}")
+    table.add_section()
+    table.add_row("total", f"{numbers.parameters:,}", "", "")
+    table.add_row("total without MTP", f"{numbers.parameters_without_mtp:,}", "", f"{numbers.activated_parameters:,}")
+    return table
+
+
+def _memory_table(numbers: ModelInfo) -> Table:
+    table = Table("one copy, before sharding", title="Training memory")
+    for heading in ("fp32", "bf16"):
+        table.add_column(heading, justify="right")
+    optimizer = numbers.optimizer_bytes
+    rows = [
+        ("weights", numbers.weight_bytes(FLOAT32), numbers.weight_bytes(BFLOAT16)),
+        ("main gradients (float32)", optimizer["main_gradients"], optimizer["main_gradients"]),
+        ("master weights (float32)", 0, optimizer["master_weights_bf16"]),
+        ("AdamW moments (float32)", optimizer["moments"], optimizer["moments"]),
+    ]
+    rows.append(("sum", *(sum(row[column] for row in rows) for column in (1, 2))))
+    activations = [numbers.activation_bytes_per_token(element) for element in (FLOAT32, BFLOAT16)]
+    for name, *sizes in [*rows, ("activations per token (estimate)", *activations)]:
+        table.add_row(name, *map(_size, sizes), end_section=name.startswith(("AdamW", "sum")))
+    return table
+
+
+def _size(count: float) -> str:
+    """Bytes as people read them: 1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
+        count /= 1024
+    return f"{count:,.2f} TiB"
+
+
+@app.command()
+def numerics(preset: Annotated[str | None, typer.Option("--numerics", help="Numerics preset to show.")] = None) -> None:
+    """List every numeric operation, its variants, and the one that the environment chooses."""
+    from paddledsv4.host import prepare_host
+
+    prepare_host()
+    from paddledsv4.numerics.policy import Policy
+    from paddledsv4.numerics.registry import load_all
+
+    policy = Policy.from_env(preset)
+    table = Table("op", "meaning", "variants (chosen in bold)", title=f"{policy.name} ({policy.fingerprint})")
+    for op in sorted(load_all().values(), key=lambda op: op.name):
+        chosen = policy.choices[op.name]
+        table.add_row(op.name, op.summary, ", ".join(f"[bold]{v}[/bold]" if v == chosen else v for v in op.variants))
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits 2 with one line on standard error for a :class:`UserError`."""
+    try:
+        app(args=arguments, prog_name="paddledsv4")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,91 @@
+"""Tokens on disk, and which of them every microbatch of every rank sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from paddledsv4.config import ParallelConfig, TrainConfig
+from paddledsv4.errors import UserError
+
+UINT16_TOKENS = 1 << 16
+
+
+def load_tokens(path: str | Path, sequence_length: int, vocab_size: int) -> np.ndarray:
+    """Token ids [rows, sequence_length + 1] as a memory map; row i holds inputs ``[:-1]`` and labels ``[1:]``.
+
+    Three formats: an .npy of exactly that shape; an .npy with one dimension; a headerless little-endian .bin, uint16
+    for vocabularies up to 65,536 ids and uint32 beyond. A flat stream of n tokens is cut into
+    ``(n - 1) // sequence_length`` rows that share one token, so every token but the first is predicted once.
+
+    Raises:
+        UserError: no such file, another format or shape, too few tokens, or an id outside the vocabulary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"tokens = {str(path)!r}: there is no such file")
+    readers = {".npy": _read_npy, ".bin": _read_bin}
+    if path.suffix not in readers:
+        raise UserError(f"tokens = {str(path)!r}: must be an .npy or a .bin file")
+    tokens = readers[path.suffix](path, vocab_size)
+    rows = _cut(tokens, sequence_length, path) if tokens.ndim == 1 else tokens
+    if rows.ndim != 2 or rows.shape[1] != sequence_length + 1:
+        raise UserError(
+            f"tokens = {str(path)!r}: has shape {list(tokens.shape)}, must be [rows, sequence_length + 1 = "
+            f"{sequence_length + 1}] or one flat dimension"
+        )
+    if not len(rows):
+        raise UserError(f"tokens = {str(path)!r}: has no rows")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"tokens = {str(path)!r}: holds ids from {low} to {high}, must lie in [0, vocab_size = {vocab_size})"
+        )
+    return rows
+
+
+def batches(
+    tokens: np.ndarray, step: int, microbatch: int, data_rank: int, train: TrainConfig, parallel: ParallelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels [micro_batch_size, sequence_length] int64 of one microbatch on one data-parallel rank.
+
+    ``step`` and ``microbatch`` count from 0. Global microbatch
+    ``g = (step * gradient_accumulation_steps + microbatch) * data + data_rank`` takes rows ``[g * b, (g + 1) * b)``;
+    past the last row the table starts again.
+    """
+    index = (step * train.gradient_accumulation_steps + microbatch) * parallel.data + data_rank
+    first = index * train.micro_batch_size
+    rows = np.arange(first, first + train.micro_batch_size) % len(tokens)
+    table = np.asarray(tokens[rows], dtype=np.int64)
+    return table[:, :-1].copy(), table[:, 1:].copy()
+
+
+def _read_npy(path: Path, vocab_size: int) -> np.ndarray:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"tokens = {str(path)!r}: is not a readable .npy file ({error})") from None
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"tokens = {str(path)!r}: has dtype {tokens.dtype}, must hold integers")
+    return tokens
+
+
+def _read_bin(path: Path, vocab_size: int) -> np.ndarray:
+    dtype = np.dtype("<u2" if vocab_size <= UINT16_TOKENS else "<u4")
+    size = path.stat().st_size
+    if not size or size % dtype.itemsize:
+        raise UserError(
+            f"tokens = {str(path)!r}: has {size} bytes, must be a positive multiple of {dtype.itemsize} "
+            f"({dtype.name} for vocab_size = {vocab_size})"
+        )
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _cut(tokens: np.ndarray, sequence_length: int, path: Path) -> np.ndarray:
+    if len(tokens) <= sequence_length:
+        raise UserError(
+            f"tokens = {str(path)!r}: has {len(tokens)} tokens, one row needs sequence_length + 1 = "
+            f"{sequence_length + 1}"
+        )
+    return np.lib.stride_tricks.sliding_window_view(tokens, sequence_length + 1)[::sequence_length]

@@ -1,0 +1,46 @@
+"""How far a tensor of ours may be from the recorded one.
+
+Forward 1e-5, gradients 1e-4 in relative L2. A few gradients are sums that cancel almost completely (gates
+whose scale the next norm removes: their true gradient is almost or exactly zero); there the reference itself is
+further than that from the float64 result. For those, and only those, the bound is three times the reference's own
+distance from float64, the largest among the tensors of the same name in all layers.
+"""
+
+import re
+
+import numpy as np
+from reference import errors
+
+FORWARD_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
+GRADIENTS = {"activation_grads": "gradients", "param_grads": "parameter_gradients"}
+
+
+def report(kind: str, rows: dict[str, float]) -> str:
+    worst = sorted(rows.items(), key=lambda row: -row[1])
+    return f"{kind}: {len(rows)} tensors\n" + "\n".join(f"  {error:.1e} {name}" for name, error in worst)
+
+
+def kind_of(name: str) -> str:
+    """The name without its layer: tensors of one kind in all layers share their noise."""
+    return re.sub(r"^(decoder|mtp)\.(layers\.\d+\.)?(mtp_model_layer\.)?(self_attention|mlp)?_?", "", name)
+
+
+def gradient_bounds(reference, exact_tensors) -> dict[str, float]:
+    """name -> relative bound, from the reference's own distance from float64."""
+    own_error, noise, cancelling = errors(reference, exact_tensors), {}, set()
+    sizes = {name: np.linalg.norm(tensor.astype(np.float64)) for name, tensor in reference.items()}
+    for name, error in own_error.items():
+        kind = kind_of(name)
+        noise[kind] = max(noise.get(kind, 0.0), error * sizes[name])
+        if error > GRADIENT_BOUND / 3:
+            cancelling.add(kind)
+    return {
+        name: max(GRADIENT_BOUND, 3 * noise[kind_of(name)] / sizes[name])
+        if kind_of(name) in cancelling
+        else GRADIENT_BOUND
+        for name in own_error
+    }
+
+
+def failures(rows: dict[str, float], bounds: dict[str, float]) -> list[str]:
+    return [f"{name}: {error:.2e} > {bounds[name]:.2e}" for name, error in rows.items() if not error <= bounds[name]]
