@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,9 +70,7 @@ def train(
     training = training.replace(steps=steps) if steps else training
     tokens = load_tokens(data.tokens, training.sequence_length, recipe.model.vocab_size)
 
-    from paddledsv4.host import prepare_host
-
-    prepare_host()
+    _prepare_paddle()
     from paddledsv4.numerics.policy import Policy
     from paddledsv4.training.trainer import Trainer
 
@@ -82,10 +81,8 @@ def train(
     header |= {"model": recipe.model.model_dump(mode="json"), "training": training.model_dump(mode="json")}
     log = RunLog(out or Path(recipe.output), header)
     console = Console()
-    console.print(
-        f"{model_info(recipe.model).parameters:,} parameters, {training.precision}, "
-        f"numerics {policy.name} ({policy.fingerprint})", highlight=False,
-    )  # fmt: skip
+    size = f"{model_info(recipe.model).parameters:,} parameters"
+    console.print(f"{size}, {training.precision}, numerics {policy.name} ({policy.fingerprint})", highlight=False)
     try:
         _steps(trainer, training.steps, log)
     except KeyboardInterrupt:
@@ -104,9 +101,9 @@ def _steps(trainer: Trainer, steps: int, log: RunLog) -> None:
         for result in trainer.train(steps=steps):
             record = log.write(result)
             progress.update(task, completed=result.step, loss=_losses(record))
-            if not all(math.isfinite(float(record[key])) for key in ("main", "grad_norm")):
-                raise UserError(f"step {result.step}: {_losses(record)}, grad_norm {record['grad_norm']}: "
-                                "not finite, training stopped")  # fmt: skip
+            if not (math.isfinite(float(record["main"])) and math.isfinite(float(record["grad_norm"]))):
+                numbers = f"{_losses(record)}  grad_norm {record['grad_norm']}"
+                raise UserError(f"step {result.step}: {numbers}: not finite, training stopped")
 
 
 def _losses(record: dict) -> str:
@@ -116,7 +113,7 @@ def _losses(record: dict) -> str:
 def _last_step(log: RunLog, console: Console) -> None:
     last = log.records[-1]
     console.print(
-        f"step {last['step']}  {_losses(last)}  grad_norm {last['grad_norm']}  {last['tokens_per_second']:,} tokens/s",
+        f"step {last['step']}  {_losses(last)}  grad_norm {float(last['grad_norm']):.4f}  {last['tokens_per_second']:,} tokens/s",
         highlight=False,
     )
     console.print(f"log {log.path}\ncurves {log.picture}", highlight=False, soft_wrap=True)
@@ -181,9 +178,7 @@ def _size(count: float) -> str:
 @app.command()
 def numerics(preset: Annotated[str | None, typer.Option("--numerics", help="Numerics preset to show.")] = None) -> None:
     """List every numeric operation, its variants, and the one that the environment chooses."""
-    from paddledsv4.host import prepare_host
-
-    prepare_host()
+    _prepare_paddle()
     from paddledsv4.numerics.policy import Policy
     from paddledsv4.numerics.registry import load_all
 
@@ -193,6 +188,14 @@ def numerics(preset: Annotated[str | None, typer.Option("--numerics", help="Nume
         chosen = policy.choices[op.name]
         table.add_row(op.name, op.summary, ", ".join(f"[bold]{v}[/bold]" if v == chosen else v for v in op.variants))
     Console().print(table)
+
+
+def _prepare_paddle() -> None:
+    """What must happen before Paddle is imported."""
+    from paddledsv4.host import prepare_host
+
+    prepare_host()
+    warnings.filterwarnings("ignore", message="No ccache found")  # said on import; nothing is compiled here
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,7 +20,8 @@ ACTIVATION_FORMULA = (
     "elements kept per token for backward, without recomputation and with attention that does not materialise its "
     "gathered keys. Hyper-connections: 2nC + 2C a layer. Attention: 2 q_lora + 4HD + 2D + o_groups * o_lora + C. "
     "Compressor: 2 cD, c = 2 for ratio 4 and 1 for 128. Indexer: Hi*Di + Hi + 4Di. Norms: 2C a layer. Router: 2E. "
-    "Experts: (K + shared) * (2C + 3F). Head: C + vocabulary (logits always 4 bytes)."
+    "Experts: (K + shared) * (2C + 3F). After the last layer: nC + C. "
+    "MTP: a layer and (3n + 3)C + vocabulary. Head: C + vocabulary. Logits always take 4 bytes."
 )
 
 

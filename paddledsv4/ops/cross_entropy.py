@@ -9,6 +9,7 @@ from paddle.nn import functional as F
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
+from paddledsv4.ops.reduce import row_sum
 
 cross_entropy = define("cross_entropy", "negative log-likelihood of the labels", spec="11", outputs=("loss",))
 
@@ -21,7 +22,7 @@ def paddle_cross_entropy(logits: Tensor, labels: Tensor):
     x = widen(logits)
     x = x - x.max(-1, keepdim=True)
     p = paddle.exp(x)
-    total = p.sum(-1, keepdim=True)
+    total = row_sum(p)
     loss = paddle.log(total) - paddle.take_along_axis(x, target, -1)
     p = p / total
 

@@ -11,6 +11,7 @@ from paddle.nn import functional as F
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
+from paddledsv4.ops.reduce import row_sum
 
 hc_project = define(
     "hc_project", "GEMM of the flat streams and the reciprocal norm applied after it", spec="4.2", outputs=("proj", "r")
@@ -27,7 +28,7 @@ def paddle_hc_project(streams: Tensor, weight: Tensor, eps: float):
     x = widen(streams).reshape([-1, streams.shape[-1]])
     root = math.sqrt(x.shape[-1])
     proj = paddle.matmul(x, weight, transpose_y=True)
-    norm = paddle.sqrt(paddle.square(x).sum(-1, keepdim=True))
+    norm = paddle.sqrt(row_sum(x * x))
     r = 1.0 / (norm / root + eps)
     lead = streams.shape[:-1]
 

@@ -8,6 +8,7 @@ from paddle.nn import functional as F
 
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
+from paddledsv4.ops.reduce import row_mean
 
 hc_expand = define("hc_expand", "copies of the embedding as the first streams", spec="2")
 hc_aggregate = define("hc_aggregate", "h_pre-weighted sum of the streams: a layer's input", spec="4.3")
@@ -48,7 +49,7 @@ def paddle_hc_contract(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
     s, b, width = streams.shape
     n = fn.shape[0]
     x = widen(streams).reshape([s * b, width])
-    q = paddle.rsqrt(paddle.square(x).mean(-1, keepdim=True) + eps)
+    q = paddle.rsqrt(row_mean(x * x) + eps)
     gate = F.sigmoid(paddle.matmul(x, fn, transpose_y=True) * q * scale + base) + eps
     y = paddle.matmul(gate.reshape([s * b, 1, n]), x.reshape([s * b, n, width // n]))
     return y.reshape([s, b, width // n]).astype(streams.dtype)

@@ -10,6 +10,7 @@ from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.attention_segments import NEVER, Compressed, causal_mask
 from paddledsv4.ops.precision import dtype_name, widen
+from paddledsv4.ops.reduce import row_sum
 from paddledsv4.ops.sparse_attention import batch_first, make_segments, row_chunks, selection_mask
 
 indexer_score = define("indexer_score", "sum over heads of weight times ReLU(q k)", spec="8.2", outputs=("scores",))
@@ -91,9 +92,9 @@ def _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse
         top = sink_logit
         for x in scores:
             top = paddle.maximum(top, x.max(-1, keepdim=True))
-        total = paddle.exp(sink_logit - top) + paddle.exp(scores[0] - top).sum(-1, keepdim=True)
+        total = paddle.exp(sink_logit - top) + row_sum(paddle.exp(scores[0] - top))
         weights = paddle.exp(scores[1] - top)
-        total = total + weights.sum(-1, keepdim=True)
+        total = total + row_sum(weights)
         targets.append((weights / total).sum(2))
     target = paddle.concat(targets, 1)[:, :s]
     return target / target.sum(-1, keepdim=True).clip(min=1.1754944e-38)

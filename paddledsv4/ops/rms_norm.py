@@ -8,19 +8,24 @@ from paddle import Tensor
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
+from paddledsv4.ops.reduce import column_sum, row_mean
 
 rms_norm = define("rms_norm", "RMS normalisation with a weight", spec="0")
 head_norm = define("head_norm", "RMS normalisation of each query head, without a weight", spec="5.1")
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    r = paddle.rsqrt(paddle.square(x).mean(-1, keepdim=True) + eps)
+    r = paddle.rsqrt(row_mean(x * x) + eps)
     return x * r, r
+
+
+def _plain_normalise(x: Tensor, eps: float) -> Tensor:
+    return x * paddle.rsqrt(paddle.square(x).mean(-1, keepdim=True) + eps)
 
 
 def _normalise_backward(g: Tensor, u: Tensor, r: Tensor) -> Tensor:
     """Gradient of u = x r(x): r (g - u mean(g u))."""
-    return (g - u * (g * u).mean(-1, keepdim=True)) * r
+    return (g - u * row_mean(g * u)) * r
 
 
 @rms_norm.variant("paddle", "in float32 or wider, hand-written backward")
@@ -31,15 +36,15 @@ def paddle_rms_norm(x: Tensor, weight: Tensor, eps: float):
 
     def backward(dy):
         dy = widen(dy)
-        dw = (dy * u).reshape([-1, u.shape[-1]]).sum(0)
-        return _normalise_backward(dy * weight, u, r).astype(x.dtype), dw.astype(weight.dtype)
+        dx = _normalise_backward(dy * weight, u, r)
+        return dx.astype(x.dtype), column_sum(dy * u).astype(weight.dtype)
 
     return (u * weight).astype(x.dtype), backward
 
 
 @rms_norm.variant("plain", "the formula, differentiated by autograd")
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return (_normalise(widen(x), eps)[0] * weight).astype(x.dtype)
+    return (_plain_normalise(widen(x), eps) * weight).astype(x.dtype)
 
 
 @head_norm.variant("paddle", "in float32 or wider, hand-written backward")
@@ -52,4 +57,4 @@ def paddle_head_norm(x: Tensor, eps: float):
 
 @head_norm.variant("plain", "the formula, differentiated by autograd")
 def plain_head_norm(x: Tensor, eps: float) -> Tensor:
-    return _normalise(widen(x), eps)[0].astype(x.dtype)
+    return _plain_normalise(widen(x), eps).astype(x.dtype)

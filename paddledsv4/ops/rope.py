@@ -16,24 +16,38 @@ rope = define("rope", "rotation of interleaved pairs in the last rotary dimensio
 
 
 @functools.lru_cache(maxsize=8)
-def _quarter_turn(width: int, dtype: str) -> Tensor:
-    """[width, width]: x J = (-x1, x0, -x3, x2, ...). One exact GEMM; on a CPU far cheaper than strided slices."""
-    j = np.kron(np.eye(width // 2), np.array([[0.0, 1.0], [-1.0, 0.0]]))
-    return paddle.to_tensor(j, dtype=dtype)
+def _quarter_turn(rotary: int, width: int, dtype: str) -> Tensor:
+    """[rotary, width]: turns every pair by 90 degrees, (x0, x1) -> (-x1, x0), and puts the pairs behind zeros.
+
+    One exact GEMM with entries 0, 1 and -1; on a CPU far cheaper than strided slices and a concatenation.
+    """
+    turn = np.kron(np.eye(rotary // 2), np.array([[0.0, 1.0], [-1.0, 0.0]]))
+    return paddle.to_tensor(np.pad(turn, ((0, 0), (width - rotary, 0))), dtype=dtype)
 
 
-def _interleaved(table: Tensor, like: Tensor) -> Tensor:
-    """[s, P/2] -> the shape [s, ..., P] of ``like``: every angle for both members of its pair, for all heads."""
-    table = paddle.repeat_interleave(table.astype(like.dtype), 2, axis=-1)
-    return table.reshape([table.shape[0], *[1] * (like.ndim - 2), table.shape[1]]).expand(like.shape)
+def _full_width(table: Tensor, like: Tensor, fill: float) -> Tensor:
+    """[s, P/2] -> the shape [s, ..., D] of ``like``: each angle for both of its pair, ``fill`` where nothing turns."""
+    pairs = paddle.repeat_interleave(table.astype(like.dtype), 2, axis=-1)
+    rest = paddle.full([pairs.shape[0], like.shape[-1] - pairs.shape[1]], fill, like.dtype)
+    rows = paddle.concat([rest, pairs], -1)
+    return rows.reshape([rows.shape[0], *[1] * (like.ndim - 2), rows.shape[1]]).expand(like.shape)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    width = 2 * cos.shape[-1]
-    fixed, rotary = x[..., :-width], x[..., -width:]
-    turned = paddle.matmul(rotary.reshape([-1, width]), _quarter_turn(width, dtype_name(x))).reshape(rotary.shape)
-    rotated = rotary * _interleaved(cos, rotary) + turned * _interleaved(sin, rotary)
-    return paddle.concat([fixed, rotated], -1)
+    width, rotary = x.shape[-1], 2 * cos.shape[-1]
+    last = x[..., width - rotary :].reshape([-1, rotary])
+    turned = paddle.matmul(last, _quarter_turn(rotary, width, dtype_name(x))).reshape(x.shape)
+    return x * _full_width(cos, x, 1.0) + turned * _full_width(sin, x, 0.0)
+
+
+def _plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotary = 2 * cos.shape[-1]
+    per_row = [cos.shape[0], *[1] * (x.ndim - 2), cos.shape[1]]
+    cos, sin = cos.astype(x.dtype).reshape(per_row), sin.astype(x.dtype).reshape(per_row)
+    fixed, pairs = x[..., :-rotary], x[..., -rotary:].reshape([*x.shape[:-1], rotary // 2, 2])
+    even, odd = paddle.unbind(pairs, -1)
+    turned = paddle.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    return paddle.concat([fixed, turned.reshape([*x.shape[:-1], rotary])], -1)
 
 
 @rope.variant("paddle", "in the dtype of x; backward is the inverse rotation")
@@ -46,4 +60,4 @@ def paddle_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False):
 
 @rope.variant("plain", "the rotation, differentiated by autograd")
 def plain_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    return _rotate(x, cos, -sin if inverse else sin)
+    return _plain_rotate(x, cos, -sin if inverse else sin)

@@ -13,6 +13,7 @@ from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.attention_segments import NEVER, Compressed, Selected, Window, causal_mask
 from paddledsv4.ops.precision import dtype_name, widen
+from paddledsv4.ops.reduce import row_sum
 
 sparse_attention = define("sparse_attention", "window and selected compressed entries under one softmax with sink",
                           spec="8.4")
@@ -84,7 +85,7 @@ def paddle_sparse_attention(
         weights = [paddle.exp(x - top) for x in scores]
         total = paddle.exp(sink_logit - top)
         for x in weights:
-            total = total + x.sum(-1, keepdim=True)
+            total = total + row_sum(x)
         values = [part.weigh(x) for part, x in zip(parts, weights, strict=True)]
         outs.append(paddle.add_n(values) / total)
         lses.append(top + paddle.log(total))
@@ -92,7 +93,7 @@ def paddle_sparse_attention(
 
     def backward(dy):
         dout = batch_first(dy.reshape([s, b, heads, d]), padded)
-        delta = (dout * out).sum(-1, keepdim=True)
+        delta = row_sum(dout * out)
         dsink = -(paddle.exp(sink_logit - lse) * delta).sum([0, 1, 3])
         for segment in segments:
             segment.begin_gradient()

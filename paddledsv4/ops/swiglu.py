@@ -8,6 +8,7 @@ from paddle.nn import functional as F
 
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.registry import define
+from paddledsv4.ops.reduce import row_sum
 
 swiglu = define("swiglu", "clamped SwiGLU, weighted by the routing probability before the second linear", spec="9.5")
 
@@ -27,7 +28,7 @@ def paddle_swiglu(x: Tensor, prob: Tensor | None, limit: float):
 
     def backward(dy):
         if prob is not None:
-            dprob = ((dy * h).sum(-1).astype(prob.dtype),)
+            dprob = (row_sum(dy * h).squeeze(-1).astype(prob.dtype),)
             dy = dy * prob.unsqueeze(-1)
         else:
             dprob = ()

@@ -46,7 +46,7 @@ class Optimizer:
         for state in self.states:
             if state.parameter.grad is not None:
                 state.main_grad.add_(widen(state.parameter.grad))
-                state.parameter.clear_gradient(set_to_zero=False)
+                state.parameter.grad = None
 
     @paddle.no_grad()
     def step(self, learning_rate: float) -> float:

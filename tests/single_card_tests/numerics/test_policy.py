@@ -1,0 +1,56 @@
+"""The policy: presets, overrides, clear errors, fingerprint."""
+
+import pytest
+
+from paddledsv4.errors import UserError
+from paddledsv4.numerics.policy import PRESETS, Policy
+from paddledsv4.numerics.registry import load_all
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_chooses_a_variant_of_every_op(name):
+    policy, ops = Policy.preset(name), load_all()
+    assert set(policy.choices) == set(ops)
+    assert all(choice in ops[op].variants for op, choice in policy.choices.items())
+    assert set(vars(policy.ops())) == set(ops)
+
+
+def test_every_op_has_a_native_variant_and_says_what_it_is():
+    for op in load_all().values():
+        assert "paddle" in op.variants, op.name
+        assert op.summary and op.spec
+        assert all(variant.note for variant in op.variants.values())
+
+
+def test_the_environment_chooses():
+    environ = {"PADDLEDSV4_NUMERICS": "plain", "PADDLEDSV4_SINKHORN": "paddle", "HOME": "/"}
+    policy = Policy.from_env(environ=environ)
+    assert policy.name == "plain"
+    assert policy.choices["sinkhorn"] == "paddle"
+    assert policy.choices["rms_norm"] == "plain"
+    assert Policy.diff(policy, Policy.preset("plain")) == {"sinkhorn": ("paddle", "plain")}
+
+
+def test_an_argument_beats_the_environment():
+    assert Policy.from_env("paddle", environ={"PADDLEDSV4_NUMERICS": "plain"}).name == "paddle"
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"PADDLEDSV4_NUMERICS": "pladdle"}, ["'pladdle'", "paddle", "plain"]),
+        ({"PADDLEDSV4_SINKHORM": "paddle"}, ["PADDLEDSV4_SINKHORM", "PADDLEDSV4_SINKHORN"]),
+        ({"PADDLEDSV4_SINKHORN": "torches"}, ["sinkhorn", "'torches'", "paddle, plain"]),
+    ],
+)
+def test_a_wrong_name_lists_the_legal_ones(environ, words):
+    with pytest.raises(UserError) as error:
+        Policy.from_env(environ=environ)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_the_fingerprint_follows_the_choices():
+    paddle, plain = Policy.preset("paddle"), Policy.preset("plain")
+    assert paddle.fingerprint == Policy.preset("paddle").fingerprint
+    assert paddle.fingerprint != plain.fingerprint
+    assert Policy.preset("paddle", {"sinkhorn": "plain"}).fingerprint != paddle.fingerprint
