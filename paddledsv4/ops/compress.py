@@ -6,6 +6,7 @@ import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
 
+from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
 
@@ -22,18 +23,49 @@ def _overlap(x: Tensor, fill: float) -> Tensor:
     return paddle.concat([previous, second], 1)
 
 
-@compress.variant("paddle", "softmax in float32 or wider, differentiated by autograd")
-def paddle_compress(kv: Tensor, score: Tensor, ape: Tensor, ratio: int, overlap: bool) -> Tensor:
+def _overlap_backward(g: Tensor) -> Tensor:
+    """[g, 2r, b, d] -> [g, r, b, 2d]: the first half belongs to the previous group; the last group gave none away."""
+    ratio = g.shape[1] // 2
+    first = paddle.concat([g[1:, :ratio], paddle.zeros_like(g[:1, :ratio])], 0)
+    return paddle.concat([first, g[:, ratio:]], -1)
+
+
+def _windows(kv: Tensor, score: Tensor, ape: Tensor, ratio: int, overlap: bool) -> tuple[Tensor, Tensor]:
+    """Features and scores of every window, each [g, r or 2r, b, d], in float32 or wider."""
+    s, b, width = kv.shape
+    groups = s // ratio
+    grouped = [groups, ratio, b, width]
+    kv = widen(kv[: groups * ratio]).reshape(grouped)
+    position = widen(ape).reshape([1, ratio, 1, width]).expand(grouped)
+    score = widen(score[: groups * ratio]).reshape(grouped) + position
+    return (_overlap(kv, 0.0), _overlap(score, NEVER)) if overlap else (kv, score)
+
+
+@compress.variant("paddle", "softmax in float32 or wider, hand-written backward")
+@differentiable
+def paddle_compress(kv: Tensor, score: Tensor, ape: Tensor, ratio: int, overlap: bool):
     """kv and score [s, b, c*d], ape [ratio, c*d], c = 2 with overlap else 1 -> [s // ratio, b, d].
 
     The s % ratio last tokens are not pooled. Group 0 has no previous group: its first half weighs nothing.
     """
-    s, b, width = kv.shape
-    groups = s // ratio
-    grouped = [groups, ratio, b, width]
-    kv = kv[: groups * ratio].reshape(grouped)
-    score = score[: groups * ratio].reshape(grouped) + ape.reshape([1, ratio, 1, width])
-    if overlap:
-        kv, score = _overlap(kv, 0.0), _overlap(score, NEVER)
-    weight = F.softmax(widen(score), 1).astype(kv.dtype)
-    return (kv * weight).sum(1)
+    windows, logits = _windows(kv, score, ape, ratio, overlap)
+    weight = F.softmax(logits, 1)
+    out = (windows * weight).sum(1)
+
+    def backward(dout):
+        dkv = widen(dout).unsqueeze(1).expand(weight.shape) * weight
+        dscore = dkv * (windows - out.unsqueeze(1).expand(windows.shape))
+        if overlap:
+            dkv, dscore = _overlap_backward(dkv), _overlap_backward(dscore)
+        dape = dscore.sum([0, 2])
+        rest = paddle.zeros([kv.shape[0] % ratio, *kv.shape[1:]], dkv.dtype)
+        dkv, dscore = (paddle.concat([g.reshape([-1, *kv.shape[1:]]), rest], 0) for g in (dkv, dscore))
+        return dkv.astype(kv.dtype), dscore.astype(score.dtype), dape.astype(ape.dtype)
+
+    return out.astype(kv.dtype), backward
+
+
+@compress.variant("plain", "the formula, differentiated by autograd")
+def plain_compress(kv: Tensor, score: Tensor, ape: Tensor, ratio: int, overlap: bool) -> Tensor:
+    windows, logits = _windows(kv, score, ape, ratio, overlap)
+    return (windows * F.softmax(logits, 1)).sum(1).astype(kv.dtype)

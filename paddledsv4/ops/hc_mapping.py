@@ -35,7 +35,7 @@ def paddle_hc_project(streams: Tensor, weight: Tensor, eps: float):
     def backward(dproj, dr):
         dproj, dr = dproj.reshape(proj.shape), dr.reshape(r.shape)
         dnorm = -dr * paddle.square(r) / root
-        dx = paddle.matmul(dproj, weight) + x * (dnorm / norm)
+        dx = paddle.matmul(dproj, weight).add_(x * (dnorm / norm).expand(x.shape))
         return dx.reshape(streams.shape).astype(streams.dtype), paddle.matmul(dproj, x, transpose_x=True)
 
     return (proj.reshape([*lead, -1]), r.reshape([*lead, 1])), backward

@@ -30,17 +30,17 @@ def paddle_hc_aggregate(streams: Tensor, h_pre: Tensor) -> Tensor:
     return paddle.matmul(h_pre.astype(x.dtype).reshape([s * b, 1, n]), x).reshape([s, b, -1])
 
 
-@hc_mix.variant("paddle", "batched [n, n] x [n, C] products")
+@hc_mix.variant("paddle", "one batched [n, n+1] x [n+1, C] product: the layer's output as one more stream")
 def paddle_hc_mix(h_res: Tensor, streams: Tensor, h_post: Tensor, output: Tensor) -> Tensor:
     """h_res [s, b, n, n], streams [s, b, n*C], h_post [s, b, n], output [s, b, C] -> [s, b, n*C].
 
     New stream j = h_post[j] * output + sum_i h_res[i, j] * stream i.
     """
     s, b, n = h_post.shape
-    x = streams.reshape([s * b, n, -1])
-    mixed = paddle.matmul(h_res.astype(x.dtype).reshape([s * b, n, n]), x, transpose_x=True)
-    post = paddle.matmul(h_post.astype(x.dtype).reshape([s * b, n, 1]), output.reshape([s * b, 1, -1]))
-    return (post + mixed).reshape(streams.shape)
+    rows = s * b
+    x = paddle.concat([streams.reshape([rows, n, -1]), output.reshape([rows, 1, -1])], 1)
+    gates = paddle.concat([h_res.reshape([rows, n, n]), h_post.reshape([rows, 1, n])], 1).astype(x.dtype)
+    return paddle.matmul(gates, x, transpose_x=True).reshape(streams.shape)
 
 
 @hc_contract.variant("paddle", "rsqrt with eps inside the root, batched [1, n] x [n, C] products")

@@ -26,9 +26,8 @@ def paddle_adamw(
     step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, scale: float,
 ) -> None:
     """Update parameter, m and v with gradient * scale; ``step`` counts from 1."""
-    g = gradient * scale if scale != 1.0 else gradient
-    m.scale_(beta1).add_(g * (1.0 - beta1))
-    v.scale_(beta2).add_(paddle.square(g) * (1.0 - beta2))
-    denominator = paddle.sqrt(v) * (1.0 / math.sqrt(1.0 - beta2**step)) + eps
-    parameter.scale_(1.0 - lr * weight_decay)
-    parameter.subtract_(m / denominator * (lr / (1.0 - beta1**step)))
+    m.scale_(beta1).add_(gradient * ((1.0 - beta1) * scale))
+    v.scale_(beta2).add_(paddle.square(gradient).scale_((1.0 - beta2) * scale**2))
+    denominator = paddle.sqrt(v).scale_(1.0 / math.sqrt(1.0 - beta2**step), eps)
+    update = paddle.divide(m, denominator).scale_(lr / (1.0 - beta1**step))
+    parameter.scale_(1.0 - lr * weight_decay).subtract_(update)

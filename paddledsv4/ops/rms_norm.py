@@ -15,7 +15,7 @@ head_norm = define("head_norm", "RMS normalisation of each query head, without a
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    r = paddle.rsqrt(row_mean(x * x) + eps)
+    r = paddle.rsqrt(row_mean(x * x) + eps).expand(x.shape)
     return x * r, r
 
 
@@ -25,7 +25,7 @@ def _plain_normalise(x: Tensor, eps: float) -> Tensor:
 
 def _normalise_backward(g: Tensor, u: Tensor, r: Tensor) -> Tensor:
     """Gradient of u = x r(x): r (g - u mean(g u))."""
-    return (g - u * row_mean(g * u)) * r
+    return (g - u * row_mean(g * u).expand(u.shape)) * r
 
 
 @rms_norm.variant("paddle", "in float32 or wider, hand-written backward")
@@ -36,10 +36,10 @@ def paddle_rms_norm(x: Tensor, weight: Tensor, eps: float):
 
     def backward(dy):
         dy = widen(dy)
-        dx = _normalise_backward(dy * weight, u, r)
+        dx = _normalise_backward(dy * weight.expand(u.shape), u, r)
         return dx.astype(x.dtype), column_sum(dy * u).astype(weight.dtype)
 
-    return (u * weight).astype(x.dtype), backward
+    return (u * weight.expand(u.shape)).astype(x.dtype), backward
 
 
 @rms_norm.variant("plain", "the formula, differentiated by autograd")

@@ -18,7 +18,7 @@ def _sum_matrices(n: int, dtype) -> tuple[Tensor, Tensor]:
     return paddle.kron(eye, ones), paddle.kron(ones, eye)
 
 
-@sinkhorn.variant("paddle", "matrix entries by tokens, sums as one GEMM; backward replays the forward")
+@sinkhorn.variant("paddle", "matrix entries by tokens, sums as one GEMM, every normalisation kept for a hand-written backward")
 @differentiable
 def paddle_sinkhorn(logits: Tensor, iterations: int, eps: float):
     """logits [..., n, n] (last dimension: columns) -> [..., n, n]; eps is added to entries and to every sum."""
@@ -26,26 +26,20 @@ def paddle_sinkhorn(logits: Tensor, iterations: int, eps: float):
     row_sum, column_sum = _sum_matrices(n, logits.dtype)
     sums = [column_sum] + [row_sum, column_sum] * (iterations - 1)
     probability = F.softmax(logits, -1)
-    start = probability.reshape([-1, n * n]).t() + eps
-
-    def normalise(m, keep=None):
-        for total in sums:
-            denominator = paddle.matmul(total, m) + eps
-            m = m / denominator
-            if keep is not None:
-                keep.append((m, denominator))
-        return m
+    m, kept = probability.reshape([-1, n * n]).t() + eps, []
+    for total in sums:
+        denominator = paddle.matmul(total, m) + eps
+        m = m / denominator
+        kept.append((m, denominator))
 
     def backward(dout):
-        replay = []
-        normalise(start, replay)
         g = dout.reshape([-1, n * n]).t()
-        for total, (m, denominator) in zip(reversed(sums), reversed(replay), strict=True):
+        for total, (m, denominator) in zip(reversed(sums), reversed(kept), strict=True):
             g = (g - paddle.matmul(total, g * m)) / denominator
         g = g.t().reshape(logits.shape)
         return ((g - (g * probability).sum(-1, keepdim=True)) * probability,)
 
-    return normalise(start).t().reshape(logits.shape), backward
+    return m.t().reshape(logits.shape), backward
 
 
 @sinkhorn.variant("plain", "the loop as written, differentiated by autograd")

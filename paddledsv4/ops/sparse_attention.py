@@ -51,6 +51,10 @@ def row_chunks(rows: int, window: int, numbers_per_row: int) -> list[tuple[int, 
     return [(r, min(r + step, rows)) for r in range(0, rows, step)]
 
 
+def _join(chunks: list[Tensor]) -> Tensor:
+    return chunks[0] if len(chunks) == 1 else paddle.concat(chunks, 1)
+
+
 def _row_cost(query: Tensor, segments: list, window: int) -> int:
     heads, d = query.shape[2:]
     cost = query.shape[1] * 2 * heads * window
@@ -60,7 +64,7 @@ def _row_cost(query: Tensor, segments: list, window: int) -> int:
     return cost
 
 
-@sparse_attention.variant("paddle", "banded window, chunks of rows; backward recomputes the probabilities")
+@sparse_attention.variant("paddle", "banded window, chunks of rows; backward recomputes the weights of a sequence of several chunks")
 @differentiable
 def paddle_sparse_attention(
     query: Tensor, kv: Tensor, compressed: Tensor | None, selected: Tensor | None, sink: Tensor,
@@ -75,21 +79,28 @@ def paddle_sparse_attention(
     sink_logit = widen(sink).reshape([1, 1, heads, 1])
     chunks = row_chunks(padded, window, _row_cost(query, segments, window))
 
-    outs, lses = [], []
+    outs, lses, kept = [], [], []
     for r0, r1 in chunks:
         parts = [segment.cut(r0, r1) for segment in segments]
         scores = [part.scores(q[:, r0:r1]) for part in parts]
-        top = sink_logit
+        top = sink_logit.expand([*scores[0].shape[:3], 1])
         for x in scores:
             top = paddle.maximum(top, x.max(-1, keepdim=True))
-        weights = [paddle.exp(x - top) for x in scores]
-        total = paddle.exp(sink_logit - top)
+        weights = [(x - top.expand(x.shape)).exp_() for x in scores]
+        total = paddle.exp(sink_logit.expand(top.shape) - top)
         for x in weights:
             total = total + row_sum(x)
-        values = [part.weigh(x) for part, x in zip(parts, weights, strict=True)]
-        outs.append(paddle.add_n(values) / total)
+        inverse = 1.0 / total
+        values = paddle.add_n([part.weigh(x) for part, x in zip(parts, weights, strict=True)])
+        outs.append(values * inverse.expand(values.shape))
         lses.append(top + paddle.log(total))
-    out, lse = paddle.concat(outs, 1), paddle.concat(lses, 1)
+        if len(chunks) == 1:  # small enough to be kept for backward
+            kept = [x * inverse.expand(x.shape) for x in weights]
+    out, lse = _join(outs), _join(lses)
+
+    def probabilities(part, rows, row_lse):
+        x = part.scores(rows)
+        return (x - row_lse.expand(x.shape)).exp_()
 
     def backward(dy):
         dout = batch_first(dy.reshape([s, b, heads, d]), padded)
@@ -101,13 +112,15 @@ def paddle_sparse_attention(
         for r0, r1 in chunks:
             rows = slice(r0, r1)
             dq = []
-            for part in (segment.cut(r0, r1) for segment in segments):
-                p = paddle.exp(part.scores(q[:, rows]) - lse[:, rows])
+            for i, segment in enumerate(segments):
+                part = segment.cut(r0, r1)
+                p = kept[i] if kept else probabilities(part, q[:, rows], lse[:, rows])
                 # where the mask forbids a key p is zero, so the gradient needs no mask
                 dp = part.products(dout[:, rows])
-                dq.append(part.gradient(p, p * (dp - delta[:, rows]), q[:, rows], dout[:, rows]))
+                ds = dp.subtract_(delta[:, rows].expand(dp.shape)).multiply_(p)
+                dq.append(part.gradient(p, ds, q[:, rows], dout[:, rows]))
             dqs.append(paddle.add_n(dq))
-        dquery = (paddle.concat(dqs, 1)[:, :s] * scale).transpose([1, 0, 2, 3]).astype(query.dtype)
+        dquery = (_join(dqs)[:, :s] * scale).transpose([1, 0, 2, 3]).astype(query.dtype)
         dkeys = [segment.dkeys.transpose([1, 0, 2]) for segment in segments]
         dkv = dkeys[0][: kv.shape[0]].astype(kv.dtype)
         dcompressed = (dkeys[1].astype(compressed.dtype),) if compressed is not None else ()

@@ -44,6 +44,16 @@ def inverse():
     return [normal(4, 2, 6), normal(4, 2), normal(4, 2)]
 
 
+@case("compress", ratio=2, overlap=True)
+def overlapping_windows():
+    return [normal(7, 2, 6), normal(7, 2, 6), normal(2, 6)]
+
+
+@case("compress", ratio=3, overlap=False)
+def plain_windows():
+    return [normal(7, 2, 3), normal(7, 2, 3), normal(3, 3)]
+
+
 @case("sinkhorn", iterations=5, eps=1e-3)
 def matrices():
     return [normal(2, 2, 3, 3)]
