@@ -2,9 +2,10 @@
 
 Forward 1e-5, gradients 1e-4 in relative L2. A few gradients are sums that cancel almost completely (gates
 whose scale the next norm removes: their true gradient is almost or exactly zero); there the reference itself is
-further than that from the float64 result. For those, and only those, the bound is three times the noise of float32
+further than that from the float64 result. For those, and only those, the bound is ten times the noise of float32
 arithmetic, measured: the larger of the reference's and of our plain variants' distance from float64, over the tensors
-of the same name in all layers.
+of the same name in all layers. Ten, because most of them are scalars and two samples measure their noise badly: at
+three times, a sound run fails one of the 26 every second time.
 """
 
 import re
@@ -37,7 +38,7 @@ def gradient_bounds(reference, exact_tensors, plain_tensors) -> dict[str, float]
         if error > GRADIENT_BOUND / 3:
             cancelling.add(kind)
     return {
-        name: max(GRADIENT_BOUND, 3 * noise[kind_of(name)] / sizes[name])
+        name: max(GRADIENT_BOUND, 10 * noise[kind_of(name)] / sizes[name])
         if kind_of(name) in cancelling
         else GRADIENT_BOUND
         for name in own_error
