@@ -97,7 +97,7 @@ def taps_of(model: nn.Layer) -> list[Tap]:
     taps += [
         Tap("decoder.contract.out", "decoder", ("out", 0), "hc_contract"),
         Tap("decoder.final_layernorm.out", "decoder.final_layernorm"),
-        Tap("decoder.mhc_multistream", "decoder", ("out", 1)),
+        Tap("decoder.mhc_multistream", "decoder", ("in", 0), "hc_contract"),
     ]
     for i in range(config.num_nextn_predict_layers):
         at = f"mtp.layers.{i}"

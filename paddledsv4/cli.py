@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -33,7 +34,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 Numerics = Annotated[
-    str | None, typer.Option(help="Numerics preset; wins over the recipe, which wins over PADDLEDSV4_NUMERICS.")
+    str | None,
+    typer.Option(help="Numerics preset; wins over the recipe, which wins over PADDLEDSV4_NUMERICS."),
 ]
 
 TRAIN_EXAMPLES = """[bold]Examples[/bold]
@@ -52,7 +54,9 @@ INFO_EXAMPLES = """[bold]Examples[/bold]
 @app.command(epilog=TRAIN_EXAMPLES)
 def train(
     config: Annotated[Path, typer.Option(help="A yaml recipe with model, training and data sections.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for train.jsonl and loss.png.")] = None,
     numerics: Numerics = None,
 ) -> None:
@@ -82,7 +86,9 @@ def train(
     log = RunLog(out or Path(recipe.output), header)
     console = Console()
     size = f"{model_info(recipe.model).parameters:,} parameters"
-    console.print(f"{size}, {training.precision}, numerics {policy.name} ({policy.fingerprint})", highlight=False)
+    console.print(
+        f"{size}, {training.precision}, numerics {policy.name} ({policy.fingerprint})", highlight=False
+    )
     try:
         _steps(trainer, training.steps, log)
     except KeyboardInterrupt:
@@ -112,16 +118,16 @@ def _losses(record: dict) -> str:
 
 def _last_step(log: RunLog, console: Console) -> None:
     last = log.records[-1]
-    console.print(
-        f"step {last['step']}  {_losses(last)}  grad_norm {float(last['grad_norm']):.4f}  {last['tokens_per_second']:,} tokens/s",
-        highlight=False,
-    )
-    console.print(f"log {log.path}\ncurves {log.picture}", highlight=False, soft_wrap=True)
+    speed = f"grad_norm {float(last['grad_norm']):.4f}  {last['tokens_per_second']:,} tokens/s"
+    console.print(f"step {last['step']}  {_losses(last)}  {speed}", highlight=False)
+    console.print(f"log {log.path}\ncurves {log.picture}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command(epilog=INFO_EXAMPLES)
 def info(
-    config: Annotated[Path, typer.Option(help="A config.json, a recipe, a bundle.json, or a folder with one.")],
+    config: Annotated[
+        Path, typer.Option(help="A config.json, a recipe, a bundle.json, or a folder with one.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print plain numbers as JSON.")] = False,
 ) -> None:
     """Count parameters and estimate training memory, part by part, without allocating anything."""
@@ -144,7 +150,9 @@ def _parts_table(numbers: ModelInfo) -> Table:
         table.add_row(part.name, f"{part.parameters:,}", share, f"{part.activated:,}")
     table.add_section()
     table.add_row("total", f"{numbers.parameters:,}", "", "")
-    table.add_row("total without MTP", f"{numbers.parameters_without_mtp:,}", "", f"{numbers.activated_parameters:,}")
+    table.add_row(
+        "total without MTP", f"{numbers.parameters_without_mtp:,}", "", f"{numbers.activated_parameters:,}"
+    )
     return table
 
 
@@ -176,7 +184,9 @@ def _size(count: float) -> str:
 
 
 @app.command()
-def numerics(preset: Annotated[str | None, typer.Option("--numerics", help="Numerics preset to show.")] = None) -> None:
+def numerics(
+    preset: Annotated[str | None, typer.Option("--numerics", help="Numerics preset to show.")] = None,
+) -> None:
     """List every numeric operation, its variants, and the one that the environment chooses."""
     _prepare_paddle()
     from paddledsv4.numerics.policy import Policy
@@ -186,7 +196,11 @@ def numerics(preset: Annotated[str | None, typer.Option("--numerics", help="Nume
     table = Table("op", "meaning", "variants (chosen in bold)", title=f"{policy.name} ({policy.fingerprint})")
     for op in sorted(load_all().values(), key=lambda op: op.name):
         chosen = policy.choices[op.name]
-        table.add_row(op.name, op.summary, ", ".join(f"[bold]{v}[/bold]" if v == chosen else v for v in op.variants))
+        table.add_row(
+            op.name,
+            escape(op.summary),
+            ", ".join(f"[bold]{v}[/bold]" if v == chosen else v for v in op.variants),
+        )
     Console().print(table)
 
 

@@ -2,7 +2,8 @@
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for, said in one sentence that names the field, the value and what is legal.
+    """A mistake in what the user asked for: one sentence with the field, the value and what is legal.
 
-    The command line prints ``error: <message>`` and exits 2; anything else that escapes is a bug and keeps its trace.
+    The command line prints ``error: <message>`` and exits 2; anything else that escapes is a bug and keeps
+    its trace.
     """

@@ -1,7 +1,8 @@
 """How large a model is: parameters, training memory and activations, by arithmetic alone.
 
-Nothing is allocated, so the answer for a trillion parameters comes as fast as for a million. Symbols below are the
-paper's: C hidden size, n residual streams, H heads of width D, F width of an expert, E experts of which K are used.
+Nothing is allocated, so the answer for a trillion parameters comes as fast as for a million. Symbols below
+are the paper's: C hidden size, n residual streams, H heads of width D, F width of an expert, E experts of
+which K are used.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ FLOAT32, BFLOAT16 = 4, 2
 EMBEDDING, HEAD, MTP = "embedding", "head", "multi-token prediction"
 
 ACTIVATION_FORMULA = (
-    "elements kept per token for backward, without recomputation and with attention that does not materialise its "
-    "gathered keys. Hyper-connections: 2nC + 2C a layer. Attention: 2 q_lora + 4HD + 2D + o_groups * o_lora + C. "
-    "Compressor: 2 cD, c = 2 for ratio 4 and 1 for 128. Indexer: Hi*Di + Hi + 4Di. Norms: 2C a layer. Router: 2E. "
-    "Experts: (K + shared) * (2C + 3F). After the last layer: nC + C. "
-    "MTP: a layer and (3n + 3)C + vocabulary. Head: C + vocabulary. Logits always take 4 bytes."
+    "elements kept per token for backward, without recomputation and with attention that does not "
+    "materialise its gathered keys. Hyper-connections: 2nC + 2C a layer. Attention: 2 q_lora + 4HD + 2D +"
+    " o_groups * o_lora + C. Compressor: 2 cD, c = 2 for ratio 4 and 1 for 128. Indexer: Hi*Di + Hi + "
+    "4Di. Norms: 2C a layer. Router: 2E. Experts: (K + shared) * (2C + 3F). After the last layer: nC + C."
+    " MTP: a layer and (3n + 3)C + vocabulary. Head: C + vocabulary. Logits always take 4 bytes."
 )
 
 
@@ -29,7 +30,7 @@ ACTIVATION_FORMULA = (
 class Part:
     """One kind of module, summed over the decoder; MTP is a part of its own.
 
-    ``activated``: parameters that one token uses. ``activations``: elements kept per token for the backward pass.
+    ``activated``: parameters that one token uses. ``activations``: elements kept per token for backward.
     """
 
     name: str
@@ -56,7 +57,7 @@ class ModelInfo:
 
     @property
     def activated_parameters(self) -> int:
-        """Parameters one token uses without MTP: K of E routed experts, one row of the embedding, all else."""
+        """Parameters one token uses, without MTP: K of E routed experts, one embedding row, all else."""
         return sum(part.activated for part in self.parts if part.name != MTP)
 
     def weight_bytes(self, element: int) -> int:
@@ -65,7 +66,7 @@ class ModelInfo:
 
     @property
     def optimizer_bytes(self) -> dict[str, int]:
-        """AdamW's two float32 moments, the float32 main gradients, and the float32 master copy bf16 weights need."""
+        """AdamW's two moments, the main gradients, and the master copy of bf16 weights; all float32."""
         one = self.parameters * FLOAT32
         return {"moments": 2 * one, "main_gradients": one, "master_weights_bf16": one}
 
@@ -91,7 +92,7 @@ class ModelInfo:
 
 
 def model_info(config: ModelConfig) -> ModelInfo:
-    """Count a model; every number is exact except the activations, which are an estimate with a stated formula."""
+    """Count a model: exact, but for the activations, an estimate by :data:`ACTIVATION_FORMULA`."""
     c, hidden = config, config.hidden_size
     pieces = [part for layer in range(c.num_hidden_layers) for part in layer_parts(c, c.layer_ratio(layer))]
     pieces += [contraction(c), _dense("norms", hidden, hidden)]  # after the last layer
@@ -110,7 +111,8 @@ def layer_parts(config: ModelConfig, ratio: int) -> Iterator[Part]:
     projections = c.q_lora_rank * (hidden + width) + c.head_dim * hidden
     projections += c.o_lora_rank * width + hidden * c.o_groups * c.o_lora_rank
     kept = 2 * c.q_lora_rank + 4 * width + 2 * c.head_dim + c.o_groups * c.o_lora_rank + hidden
-    yield _dense("attention projections", projections + c.num_attention_heads, kept)  # and one sink logit per head
+    sinks = c.num_attention_heads
+    yield _dense("attention projections", projections + sinks, kept)
 
     has_indexer = ratio == COMPRESSED_SPARSE
     yield _dense("compressors", _compressor(c, ratio, c.head_dim), 2 * _features(ratio, c.head_dim))
@@ -137,7 +139,10 @@ def contraction(config: ModelConfig) -> Part:
 
 
 def multi_token_prediction_parts(config: ModelConfig) -> Iterator[Part]:
-    """Per MTP layer: two projections, three norms, a transformer layer, a contraction. Embedding and head are shared."""
+    """Per MTP layer: two projections, three norms, a transformer layer, a contraction.
+
+    Embedding and head are the decoder's.
+    """
     hidden = config.hidden_size
     for depth in range(config.num_nextn_predict_layers):
         kept = (2 * config.hc_mult + 3) * hidden + config.vocab_size
@@ -148,7 +153,8 @@ def multi_token_prediction_parts(config: ModelConfig) -> Iterator[Part]:
 
 def _sum(name: str, parts: Iterable[Part]) -> Part:
     parts = list(parts)
-    return Part(name, *(sum(getattr(part, f) for part in parts) for f in ("parameters", "activated", "activations")))
+    counts = ([part.parameters, part.activated, part.activations] for part in parts)
+    return Part(name, *map(sum, zip(*counts, strict=True))) if parts else Part(name, 0, 0, 0)
 
 
 def _dense(name: str, parameters: int, activations: int) -> Part:

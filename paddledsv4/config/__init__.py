@@ -1,4 +1,4 @@
-"""Typed, frozen configurations: what is computed (model), how it is trained, and the recipe that names both."""
+"""Typed, frozen configurations: what is computed, how it is trained, and the recipe that names both."""
 
 from paddledsv4.config.model import ModelConfig, RopeScaling
 from paddledsv4.config.recipe import DataConfig, Recipe

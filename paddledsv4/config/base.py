@@ -43,7 +43,9 @@ class StrictConfig(BaseModel):
         try:
             return handler(values)
         except ValidationError as error:
-            raise UserError(cls._explain(error.errors()[0])) from None
+            # a misspelt key explains the missing one, so it comes first
+            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+            raise UserError(cls._explain(first)) from None
 
     @classmethod
     def _explain(cls, error: Mapping[str, Any]) -> str:

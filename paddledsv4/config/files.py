@@ -30,7 +30,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+        raise UserError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})"
+        ) from None
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, RecipeLoader)
     except json.JSONDecodeError as error:
@@ -43,7 +45,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_model_section(path: Path) -> tuple[dict[str, Any], Path]:
-    """The model's keys and the file they came from; a ``model`` that is a text names another file, relative to this.
+    """The model's keys and the file they came from.
+
+    A ``model`` that is a text names another file, relative to this one.
 
     Raises:
         UserError: no such file, or no model in it.

@@ -1,4 +1,4 @@
-"""The ways in which Hugging Face files write a deepseek_v4 config, brought to the style of the released checkpoints.
+"""The ways in which Hugging Face files write a deepseek_v4 config, brought to the released style.
 
 Released (and bundles): ``compress_ratios`` with one number per layer, ``num_hash_layers``, ``rope_scaling``.
 transformers: ``layer_types`` with ``compress_rates``, ``mlp_layer_types``, ``rope_parameters``.
@@ -35,7 +35,7 @@ MLP_TYPES = ("hash_moe", "moe")
 
 
 def to_raw_style(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """A copy in the style of the released checkpoints, with only keys among ``known``; values are not validated here.
+    """A copy in the released style with only keys among ``known``; values are not validated here.
 
     Raises:
         UserError: an unknown key, a switch in a position this model does not have, or styles that contradict.
@@ -47,7 +47,9 @@ def to_raw_style(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
         if key not in legal:
             raise UserError(f"{key} is not a known key{did_you_mean(str(key), legal)}")
     for key, fixed in FIXED_VALUES.items():
-        if key in values and (values[key] != fixed or isinstance(values[key], bool) != isinstance(fixed, bool)):
+        if key in values and (
+            values[key] != fixed or isinstance(values[key], bool) != isinstance(fixed, bool)
+        ):
             raise UserError(f"{key} = {values[key]!r}: must be {str(fixed).lower()}")
     raw = {key: value for key, value in values.items() if key in set(known)}
     if "layer_types" in values:
@@ -59,7 +61,7 @@ def to_raw_style(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
 
 
 def _set(raw: dict[str, Any], field: str, value: Any, source: str) -> None:
-    """Set a derived field; one that is also given must agree, MTP entries beyond the derived list being free."""
+    """Set a derived field; one that is also given must agree, its MTP entries being free."""
     given = raw.get(field)
     if isinstance(given, list | tuple):
         agrees = list(given[: len(value)]) == value
@@ -71,7 +73,7 @@ def _set(raw: dict[str, Any], field: str, value: Any, source: str) -> None:
 
 
 def _compress_ratios(values: Mapping[str, Any]) -> list[Any]:
-    """One ratio per entry of ``layer_types``, then 0 for every MTP layer: they see the sliding window only."""
+    """One ratio per entry of ``layer_types``, then 0 (sliding window only) for every MTP layer."""
     rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
     rates |= values.get("compress_rates") or {}
     ratios = []

@@ -38,8 +38,8 @@ class RopeScaling(StrictConfig):
 class ModelConfig(StrictConfig):
     """One DeepSeek-V4 model.
 
-    ``compress_ratios`` has one entry per decoder layer followed by one per MTP layer: 0 attends to the sliding
-    window only, 4 adds the entries the indexer selects (CSA), 128 adds every compressed entry (HCA).
+    ``compress_ratios`` has one entry per decoder layer followed by one per MTP layer: 0 attends to the
+    sliding window only, 4 adds the entries the indexer selects (CSA), 128 adds every compressed entry (HCA).
     """
 
     model_type: Literal["deepseek_v4"] = "deepseek_v4"
@@ -83,7 +83,7 @@ class ModelConfig(StrictConfig):
     routed_scaling_factor: Positive
     swiglu_limit: Positive
 
-    # Known and unused by the computation: what a released config.json says about its checkpoint and tokenizer.
+    # Known and unused by the computation: what a config.json says about its checkpoint and tokenizer.
     max_position_embeddings: Count | None = None
     expert_dtype: str | None = None
     quantization_config: dict[str, Any] | None = None
@@ -106,8 +106,9 @@ class ModelConfig(StrictConfig):
         if len(self.compress_ratios) != layers:
             self.reject(
                 "compress_ratios",
-                f"has {len(self.compress_ratios)} entries, must have {layers}: one for each of num_hidden_layers "
-                f"({self.num_hidden_layers}) and num_nextn_predict_layers ({self.num_nextn_predict_layers})",
+                f"has {len(self.compress_ratios)} entries, must have {layers}: one for each of "
+                f"num_hidden_layers ({self.num_hidden_layers}) and "
+                f"num_nextn_predict_layers ({self.num_nextn_predict_layers})",
             )
         for index, ratio in enumerate(self.compress_ratios):
             if ratio not in COMPRESS_RATIOS:
@@ -137,7 +138,7 @@ class ModelConfig(StrictConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
-        """Build from a bundle's ``model``, a released config.json or one written by Hugging Face transformers.
+        """Build from a bundle's ``model``, a released config.json or one written by transformers.
 
         Raises:
             UserError: one sentence about the first mistake found, opened by ``where``.
@@ -149,7 +150,7 @@ class ModelConfig(StrictConfig):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Read a Hugging Face config.json, a yaml recipe's ``model:`` section, a bundle.json, or a folder with either.
+        """Read a config.json, a bundle.json, a folder with either, or a yaml recipe's ``model:`` section.
 
         Raises:
             UserError: no such file, not readable as JSON or YAML, no model in it, or an illegal field.

@@ -25,9 +25,9 @@ class DataConfig(StrictConfig):
 class Recipe(StrictConfig):
     """A training run as a file.
 
-    ``model`` is a section or the path of a config.json; paths in ``model`` and ``data.tokens`` are relative to the
-    recipe, ``output`` to the working directory. ``numerics`` is a preset's name, or a mapping of op to variant in
-    which the key ``preset`` names the preset to start from; left out, the environment decides.
+    ``model`` is a section or the path of a config.json; paths in ``model`` and ``data.tokens`` are relative
+    to the recipe, ``output`` to the working directory. ``numerics`` is a preset's name, or a mapping of op to
+    variant in which the key ``preset`` names the preset to start from; left out, the environment decides.
     """
 
     model: ModelConfig

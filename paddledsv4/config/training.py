@@ -17,7 +17,7 @@ NO_DECAY = "parameters with one dimension"
 
 
 class OptimizerConfig(StrictConfig):
-    """AdamW with decoupled weight decay and a learning-rate schedule; ``warmup_steps`` counts optimizer steps."""
+    """AdamW with decoupled weight decay and a learning-rate schedule; warm-up in optimizer steps."""
 
     SECTION: ClassVar[str] = "optimizer."
 
@@ -39,7 +39,7 @@ class OptimizerConfig(StrictConfig):
 
 
 class TrainConfig(StrictConfig):
-    """One training run; ``sequence_length`` in tokens, ``micro_batch_size`` in rows, ``steps`` in optimizer steps."""
+    """One run; ``sequence_length`` in tokens, ``micro_batch_size`` in rows, ``steps`` in optimizer steps."""
 
     SECTION: ClassVar[str] = "training."
 

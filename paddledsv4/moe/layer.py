@@ -22,11 +22,12 @@ class MoELayer(nn.Layer):
         self.shared_experts = MLP(build.at("shared_experts"), shared) if shared else None
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        shared = self.shared_experts(x) if self.shared_experts is not None else None
-        probs, routing_map = self.router(x, context)
-        tokens = x.reshape([-1, x.shape[-1]])
+        *to_shared, to_router, to_experts = self.ops.fan_out(x, 3 if self.shared_experts is not None else 2)
+        shared = self.shared_experts(*to_shared) if to_shared else None
+        probs, routing_map = self.router(to_router, context)
+        tokens = to_experts.reshape([-1, x.shape[-1]])
         rows, row_probs, token_index = self.ops.permute(tokens, probs, routing_map)
         out = self.experts(rows, row_probs, routing_map.astype("int64").sum(0))
         routed = self.ops.unpermute(out, token_index, tokens.shape[0])
         routed = routed.reshape(x.shape)
-        return routed if shared is None else routed + shared
+        return routed if shared is None else self.ops.add(routed, shared)

@@ -31,7 +31,7 @@ class Router(nn.Layer):
         probs, routing_map = self.ops.router_probs(scores, index, self.scaling, self.normalise)
         losses = context.losses
         if losses.sequence_coeff:
-            loss = self.ops.sequence_aux_loss(scores, x.shape[1], self.topk, losses.sequence_coeff)
+            loss = self.ops.sequence_aux_loss(logits, x.shape[1], self.topk, losses.sequence_coeff)
             probs = self.ops.attach_loss(probs, loss, losses.seed)
         return probs, routing_map
 
@@ -54,6 +54,7 @@ class LearnedRouter(Router):
             self.local_tokens_per_expert.add_(routing_map.astype(self.local_tokens_per_expert.dtype).sum(0))
         return probs, routing_map
 
+    @paddle.no_grad()
     def update_expert_bias(self, rate: float) -> None:
         """Raise the bias of experts below the mean load by ``rate``, lower the others; then count anew."""
         self.ops.expert_bias_update(self.expert_bias, self.local_tokens_per_expert, rate)

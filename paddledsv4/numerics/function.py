@@ -55,7 +55,11 @@ def differentiable(function: Callable) -> Callable:
         if not (wanted and paddle.is_grad_enabled()):
             with paddle.no_grad():
                 return function(*args, **kwargs)[0]
-        return _Function.apply(function, kwargs, *args)
+        outputs = _Function.apply(function, kwargs, *args)
+        for x in outputs if isinstance(outputs, tuple) else (outputs,):
+            if not x.is_floating_point():
+                x.stop_gradient = True
+        return outputs
 
     call.forward_and_backward = function
     return call

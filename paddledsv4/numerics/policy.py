@@ -22,10 +22,14 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "paddle": ("paddle",),
     "plain": ("plain", "paddle"),
     "hf": ("hf", "paddle"),
+    "megatron": ("megatron",),
+    "torch": ("torch",),
 }
 PRESET_NOTES = {
     "paddle": "fast native Paddle operations",
     "plain": "the textbook formula of every op, differentiated by Paddle's autograd: the definition to test against",
+    "megatron": "Megatron's order of operations, casts and gradient sums, on Paddle's kernels",
+    "torch": "the same order on torch's kernels: bit-identical where Megatron itself runs on torch",
     "hf": "as Hugging Face transformers and DeepSeek's own code place epsilons, for their weights",
 }
 PREFIX = "PADDLEDSV4_"

@@ -7,6 +7,7 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
 
@@ -69,3 +70,22 @@ def paddle_compress(kv: Tensor, score: Tensor, ape: Tensor, ratio: int, overlap:
 def plain_compress(kv: Tensor, score: Tensor, ape: Tensor, ratio: int, overlap: bool) -> Tensor:
     windows, logits = _windows(kv, score, ape, ratio, overlap)
     return (windows * F.softmax(logits, 1)).sum(1).astype(kv.dtype)
+
+
+@megatron_order(compress, "score + ape, softmax over positions in float32, product in the dtype of kv, sum")
+def megatron_compress(K, kv, score, ape, ratio, overlap):
+    s, b, width = kv.shape
+    groups = s // ratio
+    kv = kv[: groups * ratio].reshape([groups, ratio, b, width])
+    score = score[: groups * ratio].reshape([groups, ratio, b, width]) + ape.reshape([1, ratio, 1, width])
+    if overlap:
+        kv, score = _overlap_on(K, kv, 0.0), _overlap_on(K, score, float("-inf"))
+    weight = K.cast(K.softmax(K.wide(score), 1), K.dtype(kv))
+    return K.sum(kv * weight, 1)
+
+
+def _overlap_on(K, x, fill):
+    d = x.shape[-1] // 2
+    groups, ratio, b, _ = x.shape
+    start = K.full([1, ratio, b, d], fill, K.dtype(x), like=x)
+    return K.cat([K.cat([start, x[:-1, :, :, :d]], 0), x[:, :, :, d:]], 1)

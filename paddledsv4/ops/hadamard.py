@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 
 hadamard = define("hadamard", "orthogonal Hadamard rotation of the last dimension", spec="8.2")
@@ -28,3 +29,20 @@ def paddle_hadamard(x: Tensor) -> Tensor:
     d = x.shape[-1]
     signs = paddle.to_tensor(sylvester(d), dtype=x.dtype)
     return paddle.matmul(x.reshape([-1, d]), signs).reshape(x.shape) * d**-0.5
+
+
+def _butterfly(K, x):
+    """Sums and differences at distances 1, 2, 4, ... in float32, then the scale."""
+    d, shape = x.shape[-1], list(x.shape)
+    y, distance = K.wide(x).reshape([-1, d]), 1
+    while distance < d:
+        pairs = y.reshape([-1, d // (2 * distance), 2, distance])
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        y = K.stack([a + b, a - b], 2).reshape([-1, d])
+        distance *= 2
+    return K.cast(y * d**-0.5, K.dtype(x)).reshape(shape)
+
+
+@megatron_order(hadamard, "butterfly in float32, then the scale; backward is the same transform", explicit=True)
+def megatron_hadamard(K, x):
+    return _butterfly(K, x), lambda dy: (_butterfly(K, dy),)

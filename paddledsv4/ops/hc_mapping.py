@@ -9,6 +9,7 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
 from paddledsv4.ops.reduce import row_sum
@@ -56,12 +57,32 @@ def hf_hc_project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 @hc_gates.variant("paddle", "elementwise, differentiated by autograd")
 def paddle_hc_gates(
-    proj: Tensor, r: Tensor, alphas: tuple[Tensor, Tensor, Tensor], bias: Tensor, streams: int, eps: float
+    proj: Tensor, r: Tensor, alpha_pre: Tensor, alpha_post: Tensor, alpha_res: Tensor, bias: Tensor,
+    streams: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """proj [s, b, n*n+2n], r [s, b, 1], alphas three of [1] (pre, post, res), bias [n*n+2n]
+    """proj [s, b, n*n+2n], r [s, b, 1], alphas [1], bias [n*n+2n]
     -> h_pre [s, b, n], h_post [s, b, n], logits of h_res [s, b, n, n]."""
     n, lead = streams, proj.shape[:-1]
     widths = [n, n, n * n]
-    alpha = paddle.concat([a.expand([w]) for a, w in zip(alphas, widths, strict=True)])
+    alpha = paddle.concat([a.expand([w]) for a, w in zip((alpha_pre, alpha_post, alpha_res), widths, strict=True)])
     pre, post, res = paddle.split(proj * r * alpha + bias, widths, -1)
     return F.sigmoid(pre) + eps, F.sigmoid(post) * 2.0, res.reshape([*lead, n, n])
+
+
+@megatron_order(hc_project, "GEMM, norm of the flat row, r = 1 / (norm / sqrt(nC) + eps)")
+def megatron_hc_project(K, streams, weight, eps):
+    s, b, width = streams.shape
+    x = K.wide(streams.reshape([s * b, width]))
+    proj = K.matmul(x, K.permute(weight, 1, 0))
+    r = 1.0 / (K.norm(x, -1, keepdim=True) / math.sqrt(width) + eps)
+    return proj.reshape([s, b, -1]), r.reshape([s, b, 1])
+
+
+@megatron_order(hc_gates, "((r proj) alpha) + bias, sliced; gates cast to the dtype of the streams by the mix")
+def megatron_hc_gates(K, proj, r, alpha_pre, alpha_post, alpha_res, bias, streams, eps):
+    n, (s, b, _) = streams, proj.shape
+    alpha = K.cat([alpha_pre.expand([n]), alpha_post.expand([n]), alpha_res.expand([n * n])], -1)
+    h = r * proj * alpha + bias
+    h_pre = K.sigmoid(h[..., :n]) + eps
+    h_post = K.sigmoid(h[..., n : 2 * n]) * 2
+    return h_pre, h_post, h[..., 2 * n :].reshape([s, b, n, n])

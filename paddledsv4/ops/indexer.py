@@ -14,9 +14,17 @@ from paddledsv4.ops.reduce import row_sum
 from paddledsv4.ops.sparse_attention import batch_first, make_segments, row_chunks, selection_mask
 
 indexer_score = define("indexer_score", "sum over heads of weight times ReLU(q k)", spec="8.2", outputs=("scores",))
+indexer_weights = define("indexer_weights", "weights of the indexer's heads, scaled by their number", spec="8.2",
+                         outputs=("weights",))
 indexer_topk = define("indexer_topk", "the best complete entries of every query", spec="8.2", outputs=("topk",))
 indexer_loss = define("indexer_loss", "KL divergence from the attention's own weights to the indexer's", spec="8.3",
                       outputs=("loss",))
+
+
+@indexer_weights.variant("paddle", "weights h^-1/2")
+def paddle_indexer_weights(weights: Tensor, heads: int) -> Tensor:
+    """weights [s, b, h] -> [s, b, h]."""
+    return weights * heads**-0.5
 
 
 @indexer_score.variant("paddle", "chunks of rows in float32 or wider; backward recomputes the products")
@@ -66,7 +74,8 @@ def plain_indexer_score(query: Tensor, key: Tensor, weights: Tensor) -> Tensor:
 
 @indexer_topk.variant("paddle", "paddle.topk, best first")
 def paddle_indexer_topk(scores: Tensor, topk: int, ratio: int) -> Tensor:
-    """scores [b, s, g] -> [b, s, min(topk, g)] int32; entry c is complete at query i when c < (i+1) // ratio; -1: none."""
+    """scores [b, s, g] -> [b, s, min(topk, g)] int32, -1: none. Entry c is complete at query i when c < (i+1) // ratio.
+    """
     _, s, groups = scores.shape
     masked = scores + causal_mask(0, s, groups, ratio, dtype_name(scores))
     index = paddle.topk(masked, min(topk, groups), -1)[1]

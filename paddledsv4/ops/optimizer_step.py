@@ -7,6 +7,7 @@ import math
 import paddle
 from paddle import Tensor
 
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 
 grad_norm = define("grad_norm", "2-norm over all gradients", spec="13", outputs=("norm",))
@@ -31,3 +32,18 @@ def paddle_adamw(
     denominator = paddle.sqrt(v).scale_(1.0 / math.sqrt(1.0 - beta2**step), eps)
     update = paddle.divide(m, denominator).scale_(lr / (1.0 - beta1**step))
     parameter.scale_(1.0 - lr * weight_decay).subtract_(update)
+
+
+@megatron_order(adamw, "clip, decay, lerp, mul and addcmul, sqrt / sqrt + eps, addcdiv; scalars rounded once",
+                explicit=True)
+def megatron_adamw(K, parameter, gradient, m, v, step, lr, beta1, beta2, eps, weight_decay, scale):
+    g = gradient * scale if scale < 1.0 else gradient
+    K.adamw_(parameter, g, m, v, step, lr, beta1, beta2, eps, weight_decay)
+    return (), None
+
+
+@megatron_order(grad_norm, "norm of the per-parameter norms, squared and rooted again in double", explicit=True)
+def megatron_grad_norm(K, gradients):
+    norms = K.cat([K.vector_norm(g).reshape([1]) for g in gradients], 0)
+    norm = K.vector_norm(norms)
+    return float(norm**2.0) ** 0.5, None

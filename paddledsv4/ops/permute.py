@@ -5,6 +5,7 @@ from __future__ import annotations
 import paddle
 from paddle import Tensor
 
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 
 permute = define("permute", "token rows grouped by expert, ascending tokens inside", spec="9.4",
@@ -25,3 +26,16 @@ def paddle_permute(x: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tenso
 def paddle_unpermute(rows: Tensor, token_index: Tensor, tokens: int) -> Tensor:
     """rows [n, C], token_index [n] -> [tokens, C]."""
     return paddle.index_add(paddle.zeros([tokens, rows.shape[-1]], rows.dtype), token_index, 0, rows)
+
+
+@megatron_order(permute, "rows by nonzero of the transposed map; index_select")
+def megatron_permute(K, x, probs, routing_map):
+    expert, token = K.nonzero(K.permute(routing_map, 1, 0))
+    rows = K.index_select(x, token)
+    flat = K.index_select(K.contiguous(K.permute(probs, 1, 0)).reshape([-1]), expert * x.shape[0] + token)
+    return rows, flat, token
+
+
+@megatron_order(unpermute, "index_add into zeros, in the activation dtype")
+def megatron_unpermute(K, rows, token_index, tokens):
+    return K.index_add(K.zeros([tokens, rows.shape[-1]], K.dtype(rows), like=rows), token_index, rows)

@@ -6,6 +6,7 @@ import paddle
 from paddle import Tensor
 
 from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
 from paddledsv4.ops.reduce import column_sum, row_mean
@@ -58,3 +59,13 @@ def paddle_head_norm(x: Tensor, eps: float):
 @head_norm.variant("plain", "the formula, differentiated by autograd")
 def plain_head_norm(x: Tensor, eps: float) -> Tensor:
     return _plain_normalise(widen(x), eps).astype(x.dtype)
+
+
+@megatron_order(rms_norm, "((x r) w) in float32, cast once at the end")
+def megatron_rms_norm(K, x, weight, eps):
+    return K.rms_norm(x, weight, eps)
+
+
+@megatron_order(head_norm, "square, mean, rsqrt and product each in the dtype of x")
+def megatron_head_norm(K, x, eps):
+    return x * K.rsqrt(K.mean(K.square(x), -1, keepdim=True) + eps)

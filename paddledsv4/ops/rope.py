@@ -6,6 +6,7 @@ import paddle
 from paddle import Tensor
 
 from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
 
@@ -49,3 +50,18 @@ def paddle_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False):
 @rope.variant("plain", "the rotation, differentiated by autograd")
 def plain_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     return _plain_rotate(x, cos, -sin if inverse else sin)
+
+
+@megatron_order(rope, "de-interleave, t cos + rotate_half(t) sin, interleave; table cast to the dtype of x")
+def megatron_rope(K, x, cos, sin, inverse=False):
+    rotary = 2 * cos.shape[-1]
+    per_row = [cos.shape[0], *[1] * (x.ndim - 2), rotary]
+    cos = K.cast(K.cat([cos, cos], -1).reshape(per_row), K.dtype(x))
+    sin = K.cast(K.cat([sin, sin], -1).reshape(per_row), K.dtype(x))
+    sin = -sin if inverse else sin
+    fixed, turning = K.split(x, [x.shape[-1] - rotary, rotary], -1)
+    t = K.cat([turning[..., 0::2], turning[..., 1::2]], -1)
+    first, second = K.chunk(t, 2, -1)
+    t = t * cos + K.cat([-second, first], -1) * sin
+    first, second = K.chunk(t, 2, -1)
+    return K.cat([fixed, K.stack([first, second], -1).reshape(turning.shape)], -1)

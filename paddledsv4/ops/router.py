@@ -6,6 +6,7 @@ import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
 
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
 
@@ -51,13 +52,14 @@ def paddle_router_probs(scores: Tensor, index: Tensor, scaling: float, normalise
 
 
 @sequence_aux_loss.variant("paddle", "differentiated by autograd")
-def paddle_sequence_aux_loss(scores: Tensor, sequences: int, topk: int, coeff: float) -> Tensor:
-    """scores [s*b, E], rows s-major -> loss [1].
+def paddle_sequence_aux_loss(logits: Tensor, sequences: int, topk: int, coeff: float) -> Tensor:
+    """logits [s*b, E], rows s-major -> loss [1].
 
     Per sequence: sum over experts of (sum of normalised affinities) (count of tokens whose top-k, without bias,
     holds the expert) E coeff / (K s^2); then the mean over the b sequences.
     """
-    tokens, experts = scores.shape
+    tokens, experts = logits.shape
+    scores = paddle_router_scores(logits)
     s = tokens // sequences
     normal = scores / (scores.sum(-1, keepdim=True) + TINY)
     index = paddle.topk(normal.detach(), topk, -1)[1]
@@ -74,3 +76,58 @@ expert_bias_update = define("expert_bias_update", "load balancing without a grad
 def paddle_expert_bias_update(expert_bias: Tensor, counts: Tensor, rate: float) -> None:
     """expert_bias [E], counts [E]: tokens of the step per expert."""
     expert_bias.add_(paddle.sign(counts.mean() - counts) * rate)
+
+
+# ---- Megatron's order ---------------------------------------------------------------------------------------------
+
+
+@megatron_order(router_logits, "mm in float32; dx = dl W cast, dW = dl^T x cast", explicit=True)
+def megatron_router_logits(K, x, weight):
+    rows, wide = K.wide(x).reshape([-1, x.shape[-1]]), K.wide(weight)
+    lead = list(x.shape[:-1])
+
+    def backward(dlogits):
+        dl = dlogits.reshape([-1, dlogits.shape[-1]])
+        dx = K.cast(K.matmul(dl, wide), K.dtype(x)).reshape(x.shape)
+        return dx, K.cast(K.matmul(K.permute(dl, 1, 0), rows), K.dtype(weight))
+
+    return K.matmul(rows, K.permute(wide, 1, 0)).reshape([*lead, weight.shape[0]]), backward
+
+
+@megatron_order(router_scores, "softplus, then sqrt, in float32")
+def megatron_router_scores(K, logits):
+    return K.sqrt(K.softplus(K.wide(logits)))
+
+
+@megatron_order(router_topk, "top-k of scores + bias, sorted", explicit=True)
+def megatron_router_topk(K, scores, expert_bias, topk):
+    biased = scores if expert_bias is None else scores + K.wide(expert_bias)
+    return K.topk(biased, topk)[1], lambda *_: (None,) * (1 if expert_bias is None else 2)
+
+
+@megatron_order(router_probs, "gather, divide by sum + 1e-20 if more than one, scale, scatter")
+def megatron_router_probs(K, scores, index, scaling, normalise):
+    chosen = K.gather(scores, 1, index)
+    if normalise and index.shape[1] > 1:
+        chosen = chosen / (K.sum(chosen, -1, keepdim=True) + TINY)
+    probs = K.scatter(K.zeros(list(scores.shape), K.dtype(scores), like=scores), 1, index, chosen * scaling)
+    return probs, K.cast(K.sum(K.one_hot(index, scores.shape[1]), 1), "bool")
+
+
+@megatron_order(expert_bias_update, "mean as sum / E, sign, rate; in place", explicit=True)
+def megatron_expert_bias_update(K, expert_bias, counts, rate):
+    average = K.sum(counts) / counts.shape[0]
+    K.add_(expert_bias, K.sign(average - counts) * rate)
+    return (), None
+
+
+@megatron_order(sequence_aux_loss, "sqrt(softplus) anew; sum over s, product, sum, factor, / b")
+def megatron_sequence_aux_loss(K, logits, sequences, topk, coeff):
+    tokens, experts = logits.shape
+    s = tokens // sequences
+    scores = K.sqrt(K.softplus(K.wide(logits)))
+    scores = scores / (K.sum(scores, -1, keepdim=True) + TINY)
+    chosen = K.cast(K.sum(K.one_hot(K.topk(K.detach(scores), topk)[1], experts), 1), K.dtype(scores))
+    per_sequence = [s, sequences * experts]
+    load = K.sum(scores.reshape(per_sequence), 0) * K.sum(chosen.reshape(per_sequence), 0)
+    return (K.sum(load) * (experts * coeff / (topk * s * s)) / sequences).reshape([1])

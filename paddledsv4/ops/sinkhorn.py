@@ -7,6 +7,7 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 
 sinkhorn = define("sinkhorn", "logits to a doubly stochastic mixing matrix", spec="4.3", outputs=("h_res",))
@@ -18,7 +19,7 @@ def _sum_matrices(n: int, dtype) -> tuple[Tensor, Tensor]:
     return paddle.kron(eye, ones), paddle.kron(ones, eye)
 
 
-@sinkhorn.variant("paddle", "matrix entries by tokens, sums as one GEMM, every normalisation kept for a hand-written backward")
+@sinkhorn.variant("paddle", "matrix entries by tokens, sums as GEMMs, normalisations kept for a hand-written backward")
 @differentiable
 def paddle_sinkhorn(logits: Tensor, iterations: int, eps: float):
     """logits [..., n, n] (last dimension: columns) -> [..., n, n]; eps is added to entries and to every sum."""
@@ -49,4 +50,14 @@ def plain_sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     for _ in range(iterations - 1):
         m = m / (m.sum(-1, keepdim=True) + eps)
         m = m / (m.sum(-2, keepdim=True) + eps)
+    return m
+
+
+@megatron_order(sinkhorn, "the loop as written, sums of four in order")
+def megatron_sinkhorn(K, logits, iterations, eps):
+    m = K.softmax(logits, -1) + eps
+    m = m / (K.sum(m, -2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        m = m / (K.sum(m, -1, keepdim=True) + eps)
+        m = m / (K.sum(m, -2, keepdim=True) + eps)
     return m

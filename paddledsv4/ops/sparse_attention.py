@@ -10,6 +10,7 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.attention_segments import NEVER, Compressed, Selected, Window, causal_mask
 from paddledsv4.ops.precision import dtype_name, widen
@@ -64,7 +65,7 @@ def _row_cost(query: Tensor, segments: list, window: int) -> int:
     return cost
 
 
-@sparse_attention.variant("paddle", "banded window, chunks of rows; backward recomputes the weights of a sequence of several chunks")
+@sparse_attention.variant("paddle", "banded window, chunks of rows; backward recomputes weights if chunked")
 @differentiable
 def paddle_sparse_attention(
     query: Tensor, kv: Tensor, compressed: Tensor | None, selected: Tensor | None, sink: Tensor,
@@ -160,3 +161,43 @@ def plain_sparse_attention(
     p = F.softmax(with_sink, -1)[..., :-1]
     out = paddle.einsum("bsht,btd->bshd", p, keys)
     return out.transpose([1, 0, 2, 3]).reshape([s, b, heads * d]).astype(query.dtype)
+
+
+def index_list(K, s, batch, window, ratio, groups, selected, like):
+    """[b, s, T] int64: positions of the window in ascending order, then compressed entries behind row s; -1: none.
+
+    The order of this list is the order of summation in the reference's attention (spec 8.1).
+    """
+    row = K.arange(s, dtype="int64", like=like).unsqueeze(1)
+    near = K.clamp(row - window + 1, 0, None) + K.arange(window, dtype="int64", like=like).unsqueeze(0)
+    near = K.where(near > row, K.full([1], -1, "int64", like=like), near)
+    lists = [near.unsqueeze(0).expand([batch, s, window])]
+    if groups and selected is None:
+        entry = K.arange(groups, dtype="int64", like=like).unsqueeze(0)
+        far = K.where(entry >= (row + 1) // ratio, K.full([1], -1, "int64", like=like), entry + s)
+        lists.append(far.unsqueeze(0).expand([batch, s, groups]))
+    elif groups:
+        entry = K.cast(selected, "int64")
+        lists.append(K.where(entry < 0, K.full([1], -1, "int64", like=like), entry + s))
+    return K.cat(lists, -1)
+
+
+@megatron_order(sparse_attention, "gathered keys in list order, shift by max(row maximum, sink), e / (sum e + e_sink)")
+def megatron_sparse_attention(K, query, kv, compressed, selected, sink, window, ratio, scale):
+    s, b, heads, d = query.shape
+    groups = 0 if compressed is None else compressed.shape[0]
+    keys = kv if compressed is None else K.cat([kv, compressed], 0)
+    total = s + groups
+    index = index_list(K, s, b, window, ratio, groups, selected, like=query)
+    offset = K.arange(b, dtype="int64", like=query).reshape([b, 1, 1]) * total
+    index = K.where(index >= 0, index + offset, index).reshape([b * s, -1])
+    q = K.wide(K.permute(query, 1, 0, 2, 3).reshape([b * s, heads, d]))
+    gathered = K.wide(K.shared_rows(K.permute(keys, 1, 0, 2).reshape([b * total, d]), K.clamp(index, 0, None)))
+    scores = K.einsum("inh,ikh->ink", q, gathered) * scale
+    scores = K.masked_fill(scores, (index < 0).unsqueeze(1), float("-inf"))
+    sink = K.wide(sink).reshape([1, heads, 1])
+    top = K.maximum(K.max(scores, -1, keepdim=True), sink)
+    e, e_sink = K.exp(scores - top), K.exp(sink - top)
+    weight = e / (K.sum(e, -1, keepdim=True) + e_sink)
+    out = K.cast(K.einsum("ink,ikh->inh", weight, gathered), K.dtype(query))
+    return K.contiguous(K.permute(out.reshape([b, s, heads * d]), 1, 0, 2))

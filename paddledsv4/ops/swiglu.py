@@ -7,6 +7,7 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.reduce import row_sum
 
@@ -44,3 +45,10 @@ def plain_swiglu(x: Tensor, prob: Tensor | None, limit: float) -> Tensor:
     gate, up = paddle.chunk(x, 2, -1)
     h = F.silu(gate.clip(max=limit)) * up.clip(-limit, limit)
     return h if prob is None else (h * prob.unsqueeze(-1)).astype(x.dtype)
+
+
+@megatron_order(swiglu, "silu(clamp(gate)) (clamp(linear) + 0), times prob in float32, cast; each in the dtype of x")
+def megatron_swiglu(K, x, prob, limit):
+    gate, up = K.chunk(x, 2, -1)
+    h = K.silu(K.clamp(gate, None, limit)) * (K.clamp(up, -limit, limit) + 0.0)
+    return h if prob is None else K.cast(h * prob.unsqueeze(-1), K.dtype(x))

@@ -13,11 +13,11 @@ UINT16_TOKENS = 1 << 16
 
 
 def load_tokens(path: str | Path, sequence_length: int, vocab_size: int) -> np.ndarray:
-    """Token ids [rows, sequence_length + 1] as a memory map; row i holds inputs ``[:-1]`` and labels ``[1:]``.
+    """Token ids [rows, sequence_length + 1], a memory map; a row holds inputs [:-1] and labels [1:].
 
-    Three formats: an .npy of exactly that shape; an .npy with one dimension; a headerless little-endian .bin, uint16
-    for vocabularies up to 65,536 ids and uint32 beyond. A flat stream of n tokens is cut into
-    ``(n - 1) // sequence_length`` rows that share one token, so every token but the first is predicted once.
+    Three formats: an .npy of exactly that shape; an .npy with one dimension; a headerless little-endian .bin,
+    uint16 for vocabularies up to 65,536 ids and uint32 beyond. A flat stream of n tokens is cut into
+    ``(n - 1) // sequence_length`` rows that share one token, so each token but the first is predicted once.
 
     Raises:
         UserError: no such file, another format or shape, too few tokens, or an id outside the vocabulary.
@@ -40,19 +40,25 @@ def load_tokens(path: str | Path, sequence_length: int, vocab_size: int) -> np.n
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
         raise UserError(
-            f"tokens = {str(path)!r}: holds ids from {low} to {high}, must lie in [0, vocab_size = {vocab_size})"
+            f"tokens = {str(path)!r}: holds ids from {low} to {high}, "
+            f"must lie in [0, vocab_size = {vocab_size})"
         )
     return rows
 
 
 def batches(
-    tokens: np.ndarray, step: int, microbatch: int, data_rank: int, train: TrainConfig, parallel: ParallelConfig
+    tokens: np.ndarray,
+    step: int,
+    microbatch: int,
+    data_rank: int,
+    train: TrainConfig,
+    parallel: ParallelConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels [micro_batch_size, sequence_length] int64 of one microbatch on one data-parallel rank.
+    """Inputs and labels [micro_batch_size, sequence_length] int64 of one microbatch on one rank.
 
     ``step`` and ``microbatch`` count from 0. Global microbatch
-    ``g = (step * gradient_accumulation_steps + microbatch) * data + data_rank`` takes rows ``[g * b, (g + 1) * b)``;
-    past the last row the table starts again.
+    ``g = (step * gradient_accumulation_steps + microbatch) * data + data_rank`` takes rows
+    ``[g * b, (g + 1) * b)``; past the last row the table starts again.
     """
     index = (step * train.gradient_accumulation_steps + microbatch) * parallel.data + data_rank
     first = index * train.micro_batch_size

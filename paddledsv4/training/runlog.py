@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def step_record(result: StepResult) -> dict[str, Any]:
     """The log line of one step: means over its microbatches, and each microbatch's own losses.
 
-    A loss that is not finite is written as a text ("nan"), since JSON has no number for it; ``mtp`` is null without
-    MTP layers.
+    A loss that is not finite is written as a text ("nan"), since JSON has no number for it; ``mtp`` is null
+    without MTP layers.
     """
     main = [loss.main for loss in result.losses]
     mtp = [loss.mtp for loss in result.losses if loss.mtp is not None]
@@ -76,7 +76,12 @@ def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
     for key, label in (("main", "main loss"), ("mtp", "MTP loss")):
         points = [(r["step"], float(r[key])) for r in records if r[key] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker="." if len(points) < 3 else None)
+            axes.plot(
+                *zip(*points, strict=True),
+                label=label,
+                linewidth=1.2,
+                marker="." if len(points) < 3 else None,
+            )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -49,11 +49,6 @@ def auxiliary_losses(train: TrainConfig) -> AuxiliaryLosses:
     )
 
 
-def masked_mean(losses: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the unmasked losses over their number (at least 1); both [b, s] -> scalar."""
-    return (losses * mask).sum() / mask.sum().clip(min=1.0)
-
-
 def microbatch_gradients(
     model: DeepseekV4Model, auxiliary: AuxiliaryLosses, inputs: Tensor, labels: Tensor, loss_mask: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -62,12 +57,11 @@ def microbatch_gradients(
     The main loss weighs ``seed``, the mean over MTP depths ``mtp_factor * seed``.
     """
     losses = model.losses(inputs, labels, loss_mask, auxiliary)
-    main = masked_mean(losses.main, losses.main_mask)
-    mtp = [masked_mean(loss, mask) for loss, mask in zip(losses.mtp, losses.mtp_masks, strict=True)]
-    total = main * auxiliary.seed
-    for loss in mtp:
-        total = total + loss * (auxiliary.mtp_factor / len(mtp) * auxiliary.seed)
-    total.backward()
+    mean, seed = model.ops.loss_mean, auxiliary.seed
+    main = mean(losses.main, losses.main_mask, seed=seed, factor=1.0)
+    factor = auxiliary.mtp_factor / max(len(losses.mtp), 1)
+    mtp = [mean(loss, mask, seed=seed, factor=factor) for loss, mask in zip(losses.mtp, losses.mtp_masks, strict=True)]
+    paddle.autograd.backward([main, *mtp])
     return main.detach(), paddle.add_n(mtp).detach() / len(mtp) if mtp else None
 
 

@@ -24,12 +24,19 @@ class CoreAttention(nn.Layer):
         self.compressor = Compressor(build.at("compressor"), ratio, config.head_dim, rotary) if ratio else None
         self.indexer = Indexer(build.at("indexer"), ratio, rotary) if ratio == 4 else None
 
-    def forward(self, query: Tensor, kv: Tensor, x: Tensor, q_lora: Tensor, context: ForwardContext) -> Tensor:
-        """query [s, b, H, D], kv [s, b, D], x [s, b, C], q_lora [s, b, R] -> [s, b, H*D]."""
-        compressed = self.compressor(x) if self.compressor is not None else None
+    def compresses(self, length: int) -> bool:
+        """Whether a sequence of this length has compressed entries: at least one whole group."""
+        return self.ratio > 0 and length >= self.ratio
+
+    def forward(
+        self, query: Tensor, kv: Tensor, x: tuple[Tensor, ...], q_lora: Tensor, context: ForwardContext
+    ) -> Tensor:
+        """query [s, b, H, D], kv [s, b, D], x two copies of [s, b, C] for the compressor (none if it has nothing to
+        compress), q_lora [s, b, R] -> [s, b, H*D]."""
+        compressed = self.compressor(*x) if x else None
         scores = selected = None
-        if self.indexer is not None and compressed is not None:
-            scores, selected = self.indexer(x, q_lora)
+        if self.indexer is not None and x:
+            scores, selected = self.indexer(x[0], q_lora)
         out = self.ops.sparse_attention(
             query, kv, compressed, selected, self.attn_sink, window=self.window, ratio=self.ratio, scale=self.scale
         )
@@ -69,11 +76,12 @@ class Attention(nn.Layer):
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """x [s, b, C] -> [s, b, C]."""
         s, b, _ = x.shape
-        cos, sin = self.rotary.table(s, self.rotary_dtype)
-        q_lora = self.q_layernorm(self.linear_q_down_proj(x))
+        cos, sin = self.rotary.table(self.ops, s, self.rotary_dtype)
+        to_q, to_kv, *to_compressor = self.ops.fan_out(x, 4 if self.core_attention.compresses(s) else 2)
+        q_lora = self.q_layernorm(self.linear_q_down_proj(to_q))
         query = self.linear_q_up_proj(q_lora).reshape([s, b, self.heads, self.head_dim])
         query = self.ops.rope(self.ops.head_norm(query, self.eps), cos, sin)
-        kv = self.ops.rope(self.kv_layernorm(self.linear_kv_proj(x)), cos, sin)
-        out = self.core_attention(query, kv, x, q_lora, context)
+        kv = self.ops.rope(self.kv_layernorm(self.linear_kv_proj(to_kv)), cos, sin)
+        out = self.core_attention(query, kv, tuple(to_compressor), q_lora, context)
         out = self.ops.rope(out.reshape(query.shape), cos, sin, inverse=True).reshape([s, b, -1])
         return self.linear_proj(self.ops.grouped_linear(out, self.linear_o_group_proj, groups=self.groups))

@@ -29,4 +29,5 @@ class TransformerBlock(nn.Layer, Contraction):
         streams = self.ops.hc_expand(embedding, self.streams)
         for layer in self.layers:
             streams = layer(streams, context)
-        return self.final_layernorm(self.contract(streams)), streams
+        hidden, streams = self.contract(streams)
+        return self.final_layernorm(hidden), streams

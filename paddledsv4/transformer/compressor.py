@@ -17,20 +17,19 @@ class Compressor(nn.Layer):
         super().__init__()
         self.ops = build.ops
         self.ratio, self.overlap, self.rotary = ratio, ratio == 4, rotary
+        self.rotary_dtype = build.wide_dtype
         width = head_dim * (2 if self.overlap else 1)
         self.ape = constant([ratio, width], build.wide_dtype, 0.0)
         self.linear_wkv = Linear(build.at("linear_wkv"), build.config.hidden_size, width)
         self.linear_wgate = Linear(build.at("linear_wgate"), build.config.hidden_size, width)
         self.norm = RMSNorm(build.at("norm"), head_dim)
 
-    def forward(self, x: Tensor) -> Tensor | None:
-        """None when the sequence is shorter than one group."""
-        groups = x.shape[0] // self.ratio
-        if groups == 0:
-            return None
+    def forward(self, x_kv: Tensor, x_gate: Tensor) -> Tensor:
+        """x_kv and x_gate are the same activation, handed out to its two consumers."""
+        groups = x_kv.shape[0] // self.ratio
         pooled = self.ops.compress(
-            self.linear_wkv(x), self.linear_wgate(x), self.ape, ratio=self.ratio, overlap=self.overlap
+            self.linear_wkv(x_kv), self.linear_wgate(x_gate), self.ape, ratio=self.ratio, overlap=self.overlap
         )
-        entries = self.norm(pooled.astype(x.dtype))
-        cos, sin = self.rotary.table(groups, self.ape.dtype, stride=self.ratio)
+        entries = self.norm(pooled.astype(x_kv.dtype))
+        cos, sin = self.rotary.table(self.ops, groups, self.rotary_dtype, stride=self.ratio)
         return self.ops.rope(entries, cos, sin)

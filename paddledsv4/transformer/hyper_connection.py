@@ -30,13 +30,15 @@ class HyperConnection(nn.Layer):
         self.bias = constant([gates], build.wide_dtype, 0.0)
         self.mapping_proj = MappingProjection(build, self.streams * config.hidden_size, gates)
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """streams [s, b, n*C] -> input of the layer [s, b, C], h_res [s, b, n, n], h_post [s, b, n]."""
-        proj, r = self.ops.hc_project(streams, self.mapping_proj.weight, self.eps)
-        alphas = (self.alpha_pre, self.alpha_post, self.alpha_res)
-        h_pre, h_post, logits = self.ops.hc_gates(proj, r, alphas, self.bias, self.streams, self.eps)
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """streams [s, b, n*C] -> layer input [s, b, C], streams to mix, h_res [s, b, n, n], h_post [s, b, n]."""
+        residual, to_aggregate, to_map = self.ops.fan_out(streams, 3)
+        proj, r = self.ops.hc_project(to_map, self.mapping_proj.weight, self.eps)
+        h_pre, h_post, logits = self.ops.hc_gates(
+            proj, r, self.alpha_pre, self.alpha_post, self.alpha_res, self.bias, self.streams, self.eps
+        )
         h_res = self.ops.sinkhorn(logits, self.iterations, self.eps)
-        return self.ops.hc_aggregate(streams, h_pre), h_res, h_post
+        return self.ops.hc_aggregate(to_aggregate, h_pre), residual, h_res, h_post
 
     def mix(self, streams: Tensor, h_res: Tensor, h_post: Tensor, output: Tensor) -> Tensor:
         """streams [s, b, n*C] and the layer's output [s, b, C] -> streams [s, b, n*C]."""
@@ -56,8 +58,8 @@ class Contraction:
         self.hc_head_base = constant([n], build.wide_dtype, 0.0)
         self.hc_head_scale = constant([1], build.wide_dtype, 1.0)
 
-    def contract(self, streams: Tensor) -> Tensor:
-        """streams [s, b, n*C] -> [s, b, C]."""
+    def contract(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """streams [s, b, n*C] -> hidden [s, b, C], and the streams for whoever goes on from them."""
         return self.ops.hc_contract(
             streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.contraction_eps
         )

@@ -18,7 +18,7 @@ class Indexer(nn.Layer):
         self.ops = build.ops
         config = build.config
         self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
-        self.ratio, self.rotary = ratio, rotary
+        self.ratio, self.rotary, self.rotary_dtype = ratio, rotary, build.wide_dtype
         self.linear_wq_b = Linear(build.at("linear_wq_b"), config.q_lora_rank, self.heads * self.head_dim)
         self.linear_weights_proj = Linear(build.at("linear_weights_proj"), config.hidden_size, self.heads)
         self.compressor = Compressor(build.at("compressor"), ratio, self.head_dim, rotary)
@@ -27,10 +27,10 @@ class Indexer(nn.Layer):
         """x [s, b, C], q_lora [s, b, R] -> scores [b, s, g], chosen entries [b, s, min(topk, g)] int32, -1: none."""
         x, q_lora = x.detach(), q_lora.detach()
         s, b, _ = x.shape
-        cos, sin = self.rotary.table(s, self.compressor.ape.dtype)
+        cos, sin = self.rotary.table(self.ops, s, self.rotary_dtype)
         query = self.linear_wq_b(q_lora).reshape([s, b, self.heads, self.head_dim])
         query = self.ops.hadamard(self.ops.rope(query, cos, sin))
-        key = self.ops.hadamard(self.compressor(x))
-        weights = self.linear_weights_proj(x) * self.heads**-0.5
+        key = self.ops.hadamard(self.compressor(x, x))
+        weights = self.ops.indexer_weights(self.linear_weights_proj(x), self.heads)
         scores = self.ops.indexer_score(query, key, weights)
         return scores, self.ops.indexer_topk(scores.detach(), self.topk, self.ratio)

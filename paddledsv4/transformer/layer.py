@@ -26,9 +26,9 @@ class TransformerLayer(nn.Layer):
 
     def forward(self, streams: Tensor, context: ForwardContext) -> Tensor:
         """X <- mix(X, attention(norm(aggregate(X)))), then the same with the experts."""
-        x, h_res, h_post = self.self_attention_hyper_connection(streams)
+        x, streams, h_res, h_post = self.self_attention_hyper_connection(streams)
         out = self.self_attention(self.input_layernorm(x), context)
         streams = self.self_attention_hyper_connection.mix(streams, h_res, h_post, out)
-        x, h_res, h_post = self.mlp_hyper_connection(streams)
+        x, streams, h_res, h_post = self.mlp_hyper_connection(streams)
         out = self.mlp(self.pre_mlp_layernorm(x), context)
         return self.mlp_hyper_connection.mix(streams, h_res, h_post, out)

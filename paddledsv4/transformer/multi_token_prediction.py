@@ -36,8 +36,9 @@ class MultiTokenPredictionLayer(nn.Layer, Contraction):
         s, b, width = streams.shape
         e = self.e_proj(self.enorm(embedding)).unsqueeze(2)
         h = self.h_proj(self.hnorm(streams.reshape([s, b, self.streams, width // self.streams])))
-        streams = self.mtp_model_layer((e + h).reshape([s, b, width]), context)
-        return self.final_layernorm(self.contract(streams)), streams
+        streams = self.mtp_model_layer(self.ops.add(e, h).reshape([s, b, width]), context)
+        hidden, streams = self.contract(streams)
+        return self.final_layernorm(hidden), streams
 
 
 class MultiTokenPredictionBlock(nn.Layer):

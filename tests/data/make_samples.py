@@ -1,4 +1,4 @@
-"""Write tiny_fp32_samples.safetensors from ../shared: up to 256 elements of every recorded tensor, for clones without it.
+"""Write tiny_fp32_samples.safetensors from ../shared: up to 256 elements of every recorded tensor.
 
     python tests/data/make_samples.py
 """

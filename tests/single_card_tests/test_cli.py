@@ -75,7 +75,17 @@ def test_help_and_info_do_not_import_paddle():
 
 
 def start_training(out: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "paddledsv4", "train", "--config", str(TINY), "--out", str(out), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "paddledsv4",
+        "train",
+        "--config",
+        str(TINY),
+        "--out",
+        str(out),
+        *arguments,
+    ]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "COLUMNS": "200"},
@@ -106,7 +116,9 @@ def test_ctrl_c_keeps_the_log_and_draws_the_picture(tmp_path):
     training = start_training(tmp_path)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and training.poll() is None:
-        if (tmp_path / "train.jsonl").exists() and len((tmp_path / "train.jsonl").read_text().splitlines()) > 2:
+        if (tmp_path / "train.jsonl").exists() and len(
+            (tmp_path / "train.jsonl").read_text().splitlines()
+        ) > 2:
             break
         time.sleep(0.1)
     training.send_signal(signal.SIGINT)

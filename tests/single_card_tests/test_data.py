@@ -8,7 +8,11 @@ from paddledsv4.errors import UserError
 from paddledsv4.training.data import batches, load_tokens
 
 TRAIN = TrainConfig(
-    sequence_length=4, micro_batch_size=2, gradient_accumulation_steps=3, steps=2, optimizer=OptimizerConfig(lr=1.0)
+    sequence_length=4,
+    micro_batch_size=2,
+    gradient_accumulation_steps=3,
+    steps=2,
+    optimizer=OptimizerConfig(lr=1.0),
 )
 
 

@@ -35,7 +35,9 @@ def test_tiny_is_the_shipped_initial_state():
     assert tiny.parameters == sum(learned.values())
     assert tiny.parameters_without_mtp == sum(n for name, n in learned.items() if not name.startswith("mtp"))
     assert part(tiny, "hyper-connections").parameters == sum(
-        n for name, n in learned.items() if ("hyper_connection" in name or "hc_head" in name) and "mtp" not in name
+        n
+        for name, n in learned.items()
+        if ("hyper_connection" in name or "hc_head" in name) and "mtp" not in name
     )
     assert part(tiny, "indexers").parameters == sum(
         n for name, n in learned.items() if ".indexer." in name and "mtp" not in name

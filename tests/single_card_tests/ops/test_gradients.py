@@ -117,7 +117,12 @@ def dense():
     return _indexer_inputs()
 
 
-CONSTANT_INPUTS = {"indexer_loss": 1, "rope": 1}  # only the first so many tensors get a gradient
+@case("loss_mean", seed=1.0, factor=1.0)
+def masked():
+    return [normal(2, 3), (normal(2, 3) > 0).astype("float64")]
+
+
+CONSTANT_INPUTS = {"indexer_loss": 1, "rope": 1, "loss_mean": 1}  # only the first so many tensors get a gradient
 
 
 def is_float(x) -> bool:

@@ -36,6 +36,6 @@ def test_memory_grows_with_rows_times_selected():
     short, long = peak_bytes(512), peak_bytes(2048)
     rows, positions, d = 2048 * 2, 2048 + 512, 32
     reference_gather = rows * 2 * positions * d * 4
-    print(f"512 tokens {short / 1e6:.1f} MB, 2048 tokens {long / 1e6:.1f} MB, one gather {reference_gather / 1e6:.0f} MB")
+    print(f"512 tokens {short / 1e6:.1f} MB, 2048 {long / 1e6:.1f} MB, one gather {reference_gather / 1e6:.0f} MB")
     assert long < 6 * short  # four times the rows; the reference would take sixteen times as much
     assert long < reference_gather / 20

@@ -20,7 +20,8 @@ ROUTERS, STEP, LAYER_3, TOKEN = 3, 3, 1, 509  # learned routers per microbatch: 
 
 def recorded_losses(steps: int) -> np.ndarray:
     lines = [json.loads(line) for line in (TINY / "losses.jsonl").read_text().splitlines()]
-    rows = {(x["step"], x["microbatch"]): (float(x["main_loss"]), float(x["mtp_loss"])) for x in lines if "main_loss" in x}
+    lines = [x for x in lines if "main_loss" in x]
+    rows = {(x["step"], x["microbatch"]): (float(x["main_loss"]), float(x["mtp_loss"])) for x in lines}
     return np.array([[rows[step, microbatch] for microbatch in range(2)] for step in range(1, steps + 1)])
 
 

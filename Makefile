@@ -1,0 +1,37 @@
+# Two commands: `make align` proves, `make test` checks. Both build .venv on first use and reuse it afterwards.
+
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: align test test-slow clean
+
+# `align` exits 1 when the run worked but some loss differs in its last bits. Its summary says so; that is a result,
+# not a failed build. A Python crash exits 1 as well, so the summary must be there for a 1 to pass.
+align: $(VENV)/.base
+	PYTHONUNBUFFERED=1 $(BIN)/align run tiny-fp32 --numerics paddle | tee $(VENV)/align.log \
+	  || { test $$? -eq 1 && grep -q '^main_matches=' $(VENV)/align.log; }
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+# The stamps are older than pyproject.toml exactly when the dependencies may have changed. Installs are editable,
+# so the environment always runs the working tree.
+$(VENV)/.base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

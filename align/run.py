@@ -1,0 +1,153 @@
+"""Train a bundle's model with paddledsv4 and compare every loss with the recorded one."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.bundle import Bundle, load_bundle
+from align.compare import Comparison, compare_logs, matches
+from align.logwriter import LossLogWriter
+from align.losslog import LossLog, LossSeries, loss_md5, pack
+from align.progress import progress
+from align.readlog import read_log
+from paddledsv4.errors import UserError
+from paddledsv4.host import BITWISE_ENVIRONMENT, prepare_host
+
+PRECISIONS = ("fp32", "fp64")
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What ``align run`` was asked for; None means the bundle's own choice."""
+
+    bundle: str
+    numerics: str | None = None
+    precision: str | None = None
+    steps: int | None = None
+    out: Path | None = None
+
+
+def run_bundle(request: RunRequest) -> tuple[Comparison, Path]:
+    """Train, write losses.jsonl, compare.
+
+    Returns:
+        The comparison, and where the losses were written.
+
+    Raises:
+        UserError: the bundle is malformed, or asks for what is not supported. Nothing is written then.
+    """
+    bundle = load_bundle(request.bundle)
+    precision = _check_supported(bundle, request)
+    steps = request.steps or bundle.training.steps
+    reference, state = bundle.losses(), bundle.init()
+    # Kernels pick their summation order by instruction set and thread count. Both are pinned before the next
+    # two imports, which load paddle.
+    prepare_host(bitwise=True)
+    from paddledsv4.numerics.policy import Policy
+    from paddledsv4.training.trainer import Trainer
+
+    policy = Policy.from_env(preset=request.numerics) if request.numerics else Policy.from_env()
+    trainer = Trainer(
+        bundle.model, bundle.training, policy, tokens=bundle.tokens, initial_state=state, precision=precision
+    )
+    numerics = request.numerics or getattr(policy, "name", "env")
+    directory = request.out or Path("runs") / f"{bundle.name}-{numerics}-{precision}"
+    path = directory / "losses.jsonl"
+    with LossLogWriter(path, _header(bundle, policy, numerics, precision, steps)) as writer:
+        _train(trainer, steps, writer, reference)
+        writer.final_weights(trainer.weights_md5())
+    candidate, issues = read_log(path).resolve()
+    comparison = compare_logs(reference, candidate, steps, issues)
+    comparison.notes += _environment_notes(bundle)
+    return comparison, path
+
+
+def _check_supported(bundle: Bundle, request: RunRequest) -> str:
+    """The precision to run in."""
+    if bundle.parallel.world_size > 1:
+        raise UserError(
+            f"bundle {bundle.name} was recorded on {bundle.parallel.world_size} ranks; "
+            "align run trains on one card so far, choose a bundle with world_size 1"
+        )
+    if request.steps is not None and not 1 <= request.steps <= bundle.training.steps:
+        raise UserError(
+            f"--steps {request.steps}: bundle {bundle.name} records steps 1 to {bundle.training.steps}"
+        )
+    precision = request.precision or bundle.training.precision
+    if request.precision is not None and precision not in PRECISIONS:
+        raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"bundle {bundle.name} was trained in {precision}, which align run cannot do yet; "
+            "give --precision fp32 to see how close fp32 comes"
+        )
+    return precision
+
+
+def _train(trainer: Any, steps: int, writer: LossLogWriter, reference: LossLog) -> None:
+    """Consume the trainer, writing each step as it comes."""
+    tally = Tally(reference)
+    with progress(steps) as bar:
+        for result in trainer.train(steps=steps):
+            for loss in result.losses:
+                writer.losses(result.step, loss.microbatch, loss.rank, loss.main, loss.mtp)
+                tally.add(result.step, loss.microbatch, loss.rank, loss.main, loss.mtp)
+            writer.grad_norm(result.step, result.grad_norm)
+            last = result.losses[-1].main if result.losses else float("nan")
+            bar.step(
+                result.step, last, result.tokens / max(result.seconds, 1e-9), tally.matched, tally.compared
+            )
+
+
+class Tally:
+    """Matches so far, main and MTP together, for the eye of whoever watches the run."""
+
+    def __init__(self, reference: LossLog) -> None:
+        self.reference = reference
+        self.matched = self.compared = 0
+
+    def add(self, step: int, microbatch: int, rank: int, main: float, mtp: float | None) -> None:
+        """Count one microbatch."""
+        key = pack(step, microbatch, rank)
+        for series, value in ((self.reference.main, main), (self.reference.mtp, mtp)):
+            index = int(np.searchsorted(series.keys, key))
+            if value is None or index == len(series) or series.keys[index] != key:
+                continue
+            md5 = np.frombuffer(bytes.fromhex(loss_md5(value)), np.uint64).reshape(1, 2)
+            mine = LossSeries(np.array([key]), np.array([value], np.float64), md5)
+            self.compared += 1
+            self.matched += int(matches(series.take(slice(index, index + 1)), mine)[0])
+
+
+def _header(bundle: Bundle, policy: Any, numerics: str, precision: str, steps: int) -> dict[str, Any]:
+    """What the first line of the log says about the run."""
+    import paddle
+
+    return {
+        "bundle": bundle.name,
+        "steps": steps,
+        "precision": precision,
+        "numerics": numerics,
+        "policy_fingerprint": policy.fingerprint,
+        "policy": dict(policy.describe()),
+        "paddle": paddle.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "environment": {name: os.environ.get(name) for name in BITWISE_ENVIRONMENT},
+    }
+
+
+def _environment_notes(bundle: Bundle) -> list[str]:
+    recorded = bundle.source.get("environment", {})
+    recorded = recorded if isinstance(recorded, dict) else {}
+    return [
+        f"{name} is {os.environ.get(name)!r} here, {recorded[name]!r} in the bundle: bits may differ"
+        for name in BITWISE_ENVIRONMENT
+        if name in recorded and recorded[name] != os.environ.get(name)
+    ]

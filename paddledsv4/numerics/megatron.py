@@ -1,0 +1,50 @@
+"""Megatron's order of operations, written once and run on two sets of kernels.
+
+A function decorated with :func:`megatron_order` takes the kernels as its first argument, ``K``, and uses nothing
+else but arithmetic, slices and reshapes, which Paddle's and torch's tensors share. It becomes two variants of its op:
+
+* ``megatron``: K = :class:`~paddledsv4.numerics.paddle_kernels.PaddleKernels`, no torch needed;
+* ``torch``: K = :class:`~paddledsv4.numerics.torch_kernels.TorchKernels`, zero-copy on the same memory.
+
+The backward is the autograd of whichever framework runs the kernels, inside the op only. Where Megatron has a
+hand-written autograd function the order is explicit too: ``explicit=True``, and the function returns its outputs and
+a ``backward`` closure, as for :func:`~paddledsv4.numerics.function.differentiable`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from paddledsv4.numerics.function import differentiable
+from paddledsv4.numerics.paddle_kernels import PaddleKernels
+from paddledsv4.numerics.registry import Op
+
+
+def megatron_order(op: Op, note: str, explicit: bool = False) -> Callable[[Callable], Callable]:
+    """Register the decorated ``function(K, *tensors, **static)`` as variants ``megatron`` and ``torch`` of ``op``."""
+
+    def register(function: Callable) -> Callable:
+        native = functools.partial(function, PaddleKernels)
+        functools.update_wrapper(native, function)
+        op.variant("megatron", note)(differentiable(native) if explicit else native)
+        op.variant("torch", f"{note}; on torch's kernels")(_on_torch(function, explicit))
+        return function
+
+    return register
+
+
+def _on_torch(function: Callable, explicit: bool) -> Callable:
+    """The function on torch's kernels; torch is imported when it is first called."""
+
+    @functools.cache
+    def bridged() -> Callable:
+        from paddledsv4.numerics import torch_kernels
+
+        return torch_kernels.bridge(function, explicit)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return bridged()(*args, **kwargs)
+
+    return call

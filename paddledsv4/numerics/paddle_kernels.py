@@ -1,0 +1,214 @@
+"""The kernels that Megatron's order of operations is written in, on Paddle. Names and meaning follow torch."""
+
+from __future__ import annotations
+
+import paddle
+from paddle.nn import functional as F
+
+
+class PaddleKernels:
+    """A namespace. ``dim`` counts as in torch; dtypes are given as text."""
+
+    name = "paddle"
+
+    # -- layout
+    @staticmethod
+    def alias(x):
+        """The same memory as another tensor; detach() would be taken for an in-place operation."""
+        return x.detach().view(list(x.shape))
+
+    @staticmethod
+    def view(x):
+        """The same numbers as another node of the graph."""
+        return x.reshape(list(x.shape))
+
+    @staticmethod
+    def detach(x):
+        return x.detach()
+
+    @staticmethod
+    def contiguous(x):
+        return x.contiguous()
+
+    @staticmethod
+    def permute(x, *dims):
+        return paddle.transpose(x, list(dims))
+
+    @staticmethod
+    def cat(tensors, dim):
+        return paddle.concat(tensors, dim)
+
+    @staticmethod
+    def stack(tensors, dim):
+        return paddle.stack(tensors, dim)
+
+    @staticmethod
+    def chunk(x, parts, dim):
+        return paddle.chunk(x, parts, dim)
+
+    @staticmethod
+    def split(x, sizes, dim):
+        return paddle.split(x, sizes, dim)
+
+    @staticmethod
+    def cast(x, dtype):
+        return x.astype(dtype)
+
+    @staticmethod
+    def wide(x):
+        """In float32; float64 stays."""
+        return x if x.dtype in (paddle.float32, paddle.float64) else x.astype("float32")
+
+    @staticmethod
+    def dtype(x):
+        return str(x.dtype).split(".")[-1]
+
+    # -- creation
+    @staticmethod
+    def arange(*args, dtype, like=None):
+        return paddle.arange(*args, dtype=dtype)
+
+    @staticmethod
+    def zeros(shape, dtype, like=None):
+        return paddle.zeros(shape, dtype)
+
+    @staticmethod
+    def full(shape, value, dtype, like=None):
+        return paddle.full(shape, value, dtype)
+
+    # -- elementwise
+    exp, log, sqrt, rsqrt, cos, sin = paddle.exp, paddle.log, paddle.sqrt, paddle.rsqrt, paddle.cos, paddle.sin
+    square, sigmoid, relu, abs, sign = paddle.square, F.sigmoid, F.relu, paddle.abs, paddle.sign
+    silu = staticmethod(F.silu)
+    logaddexp = staticmethod(paddle.logaddexp)
+
+    @staticmethod
+    def softplus(x):
+        return F.softplus(x, beta=1, threshold=20)
+
+    @staticmethod
+    def clamp(x, low=None, high=None):
+        return paddle.clip(x, low, high)
+
+    @staticmethod
+    def maximum(a, b):
+        return paddle.maximum(a, b)
+
+    logical_not, logical_and = staticmethod(paddle.logical_not), staticmethod(paddle.logical_and)
+
+    @staticmethod
+    def lowest(x):
+        return -3.4028234663852886e38 if x.dtype == paddle.float32 else -1.7976931348623157e308
+
+    @staticmethod
+    def where(condition, a, b):
+        return paddle.where(condition, a, b)
+
+    @staticmethod
+    def masked_fill(x, mask, value):
+        return paddle.where(mask.expand(x.shape), paddle.full_like(x, value), x)
+
+    # -- reductions
+    @staticmethod
+    def sum(x, dim=None, keepdim=False):
+        return paddle.sum(x, dim, keepdim=keepdim)
+
+    @staticmethod
+    def mean(x, dim, keepdim=False):
+        return paddle.mean(x, dim, keepdim=keepdim)
+
+    @staticmethod
+    def max(x, dim, keepdim=False):
+        """Values; the gradient goes to the first largest entry."""
+        index = paddle.argmax(x.detach(), dim, keepdim=True)
+        values = paddle.take_along_axis(x, index, dim)
+        return values if keepdim else values.squeeze(dim)
+
+    @staticmethod
+    def norm(x, dim, keepdim=False):
+        return paddle.sqrt(paddle.sum(x * x, dim, keepdim=keepdim))
+
+    @staticmethod
+    def vector_norm(x):
+        return paddle.sqrt(paddle.sum(x * x))
+
+    @staticmethod
+    def add_(x, y):
+        x.add_(y)
+
+    @staticmethod
+    def logsumexp(x, dim):
+        top = paddle.max(x, dim, keepdim=True)
+        top = paddle.where(paddle.isfinite(top), top, paddle.zeros_like(top))
+        return paddle.log(paddle.sum(paddle.exp(x - top), dim)) + top.squeeze(dim)
+
+    @staticmethod
+    def softmax(x, dim, dtype=None):
+        """Written out: Paddle's own CPU softmax gives masked entries exp(-64) instead of zero."""
+        x = x if dtype is None else x.astype(dtype)
+        e = paddle.exp(x - paddle.max(x.detach(), dim, keepdim=True))
+        return e / paddle.sum(e, dim, keepdim=True)
+
+    @staticmethod
+    def log_softmax(x, dim):
+        x = x - paddle.max(x, dim, keepdim=True)
+        return x - paddle.log(paddle.sum(paddle.exp(x), dim, keepdim=True))
+
+    # -- linear algebra
+    matmul = bmm = staticmethod(paddle.matmul)
+    einsum = staticmethod(paddle.einsum)
+
+    # -- selection
+    @staticmethod
+    def topk(x, k):
+        """(values, int64 index), largest first."""
+        return paddle.topk(x, k, -1)
+
+    @staticmethod
+    def gather(x, dim, index):
+        return paddle.take_along_axis(x, index, dim, broadcast=False)
+
+    @staticmethod
+    def scatter(x, dim, index, values):
+        return paddle.put_along_axis(x, index, values, dim, broadcast=False)
+
+    @staticmethod
+    def index_select(x, index):
+        return paddle.gather(x, index)
+
+    @staticmethod
+    def index_add(x, index, rows):
+        return paddle.index_add(x, index, 0, rows)
+
+    @staticmethod
+    def one_hot(index, classes):
+        return F.one_hot(index, classes)
+
+    @staticmethod
+    def nonzero(mask):
+        """One index tensor per dimension."""
+        return tuple(x.flatten() for x in paddle.nonzero(mask, as_tuple=True))
+
+    @staticmethod
+    def shared_rows(keys, index):
+        """keys [M, D], index [R, T] -> [R, T, D]."""
+        return paddle.gather(keys, index.flatten()).reshape([*index.shape, keys.shape[-1]])
+
+    # -- whole operations
+    @staticmethod
+    def embedding(ids, weight):
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def rms_norm(x, weight, eps):
+        wide = x.astype("float32") if x.dtype == paddle.bfloat16 else x
+        r = paddle.rsqrt(paddle.mean(wide * wide, -1, keepdim=True) + eps)
+        return ((wide * r) * weight.astype(wide.dtype)).astype(x.dtype)
+
+    @staticmethod
+    def adamw_(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
+        p.scale_(1 - lr * weight_decay)
+        m.add_((g - m) * (1 - beta1))
+        v.scale_(beta2).add_((g * (1 - beta2)) * g)
+        denominator = paddle.sqrt(v) / (1 - beta2**step) ** 0.5 + eps
+        p.add_((m * (-lr / (1 - beta1**step))) / denominator)
