@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # `align` exits 1 when the run worked but some loss differs in its last bits. Its summary says so; that is a result,
 # not a failed build. A Python crash exits 1 as well, so the summary must be there for a 1 to pass.
 align: $(VENV)/.base
-	PYTHONUNBUFFERED=1 $(BIN)/align run tiny-fp32 --numerics paddle | tee $(VENV)/align.log \
+	PYTHONUNBUFFERED=1 $(BIN)/align run tiny-fp32 --numerics torch | tee $(VENV)/align.log \
 	  || { test $$? -eq 1 && grep -q '^main_matches=' $(VENV)/align.log; }
 
 test: $(VENV)/.dev
@@ -26,11 +26,11 @@ test-slow: $(VENV)/.dev
 # so the environment always runs the working tree.
 $(VENV)/.base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) --editable ".[torch]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[dev,torch]"
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 
 # glibc's names for the parameters of mallopt(3), from <malloc.h>
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -28,6 +29,7 @@ def prepare_host(bitwise: bool = False) -> None:
     """Set what is not set yet; call before ``import paddle``. A value that the user chose is kept."""
     for name, value in (ENVIRONMENT | (BITWISE_ENVIRONMENT if bitwise else {})).items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message="No ccache found")  # Paddle's import; nothing is compiled here
     if sys.platform == "linux":
         _keep_freed_memory()
 
