@@ -22,7 +22,12 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 ENVIRONMENT = {"MKL_DEBUG_CPU_TYPE": "5"}
 
 # The environment of a bitwise run: the kernels that the references were recorded with (spec, section 16).
-BITWISE_ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "OMP_NUM_THREADS": "1"}
+BITWISE_ENVIRONMENT = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_CBWR": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",  # decides the bits of bfloat16 GEMMs
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def prepare_host(bitwise: bool = False) -> None:

@@ -14,7 +14,7 @@ from paddledsv4.transformer.build import AuxiliaryLosses, Build, ForwardContext,
 from paddledsv4.transformer.linear import Linear
 from paddledsv4.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
-DTYPES = {"fp32": "float32", "fp64": "float64"}
+DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Embedding(nn.Layer):
             [config.vocab_size, config.hidden_size], build.dtype, nn.initializer.Normal(0.0, config.initializer_range)
         )
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """[b, s] -> [s, b, C]."""
-        return self.ops.embedding(input_ids, self.word_embeddings.weight)
+    def forward(self, input_ids: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[b, s] -> [s, b, C]. ``weight``: one of several copies of the table, see fan_out."""
+        return self.ops.embedding(input_ids, self.word_embeddings.weight if weight is None else weight)
 
 
 def roll_left(x: Tensor) -> Tensor:
@@ -73,16 +73,18 @@ class DeepseekV4Model(nn.Layer):
 
         MTP depth k predicts the token k places after the label: ids, labels and mask roll left once per depth.
         """
-        context = ForwardContext(input_ids, auxiliary)
-        hidden, streams = self.decoder(self.embedding(input_ids), context)
+        context, uses = ForwardContext(input_ids, auxiliary), 1 + len(self.mtp.layers)
+        table, *mtp_tables = self.ops.fan_out(self.embedding.word_embeddings.weight, uses)
+        *mtp_heads, head = self.ops.fan_out(self.output_layer.weight, uses)
+        hidden, streams = self.decoder(self.embedding(input_ids, table), context)
         mtp, masks = [], []
         ids, targets, mask = input_ids, labels, loss_mask
-        for layer in self.mtp.layers:
+        for depth, layer in enumerate(self.mtp.layers):
             ids, targets, mask = roll_left(ids), roll_left(targets), roll_left(mask)
-            ahead, streams = layer(streams, self.embedding(ids), context)
-            mtp.append(self.ops.cross_entropy(self.output_layer(ahead), targets))
+            ahead, streams = layer(streams, self.embedding(ids, mtp_tables[depth]), context)
+            mtp.append(self.ops.cross_entropy(self.output_layer(ahead, mtp_heads[depth]), targets))
             masks.append(mask)
-        main = self.ops.cross_entropy(self.output_layer(hidden), labels)
+        main = self.ops.cross_entropy(self.output_layer(hidden, head), labels)
         return Losses(main, loss_mask, mtp, masks)
 
     def learned_routers(self) -> list:

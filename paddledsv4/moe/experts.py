@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.transformer.build import Build
@@ -29,6 +28,7 @@ class Experts(nn.Layer):
 
     def __init__(self, build: Build):
         super().__init__()
+        self.ops = build.ops
         config = build.config
         self.local_experts = nn.LayerList(
             MLP(build.at(f"local_experts.{e}"), config.moe_intermediate_size) for e in range(config.n_routed_experts)
@@ -40,5 +40,6 @@ class Experts(nn.Layer):
         An expert without tokens runs on no rows, so that its parameters stay in the graph.
         """
         counts = tokens_per_expert.tolist()
-        parts = zip(self.local_experts, paddle.split(rows, counts), paddle.split(probs, counts), strict=True)
-        return paddle.concat([expert(x, p) for expert, x, p in parts])
+        rows, probs = self.ops.split_rows(rows, counts), self.ops.split_rows(probs, counts)
+        outputs = [expert(x, p) for expert, x, p in zip(self.local_experts, rows, probs, strict=True)]
+        return self.ops.concat_rows(*outputs)

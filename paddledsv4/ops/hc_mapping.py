@@ -58,15 +58,16 @@ def hf_hc_project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 @hc_gates.variant("paddle", "elementwise, differentiated by autograd")
 def paddle_hc_gates(
     proj: Tensor, r: Tensor, alpha_pre: Tensor, alpha_post: Tensor, alpha_res: Tensor, bias: Tensor,
-    streams: int, eps: float,
+    streams: int, eps: float, dtype: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """proj [s, b, n*n+2n], r [s, b, 1], alphas [1], bias [n*n+2n]
-    -> h_pre [s, b, n], h_post [s, b, n], logits of h_res [s, b, n, n]."""
+    -> h_pre [s, b, n] and h_post [s, b, n] in ``dtype``, logits of h_res [s, b, n, n]."""
     n, lead = streams, proj.shape[:-1]
     widths = [n, n, n * n]
     alpha = paddle.concat([a.expand([w]) for a, w in zip((alpha_pre, alpha_post, alpha_res), widths, strict=True)])
     pre, post, res = paddle.split(proj * r * alpha + bias, widths, -1)
-    return F.sigmoid(pre) + eps, F.sigmoid(post) * 2.0, res.reshape([*lead, n, n])
+    h_pre, h_post = F.sigmoid(pre) + eps, F.sigmoid(post) * 2.0
+    return h_pre.astype(dtype), h_post.astype(dtype), res.reshape([*lead, n, n])
 
 
 @megatron_order(hc_project, "GEMM, norm of the flat row, r = 1 / (norm / sqrt(nC) + eps)")
@@ -78,11 +79,11 @@ def megatron_hc_project(K, streams, weight, eps):
     return proj.reshape([s, b, -1]), r.reshape([s, b, 1])
 
 
-@megatron_order(hc_gates, "((r proj) alpha) + bias, sliced; gates cast to the dtype of the streams by the mix")
-def megatron_hc_gates(K, proj, r, alpha_pre, alpha_post, alpha_res, bias, streams, eps):
+@megatron_order(hc_gates, "((r proj) alpha) + bias, sliced; gates cast to the dtype of the streams")
+def megatron_hc_gates(K, proj, r, alpha_pre, alpha_post, alpha_res, bias, streams, eps, dtype):
     n, (s, b, _) = streams, proj.shape
     alpha = K.cat([alpha_pre.expand([n]), alpha_post.expand([n]), alpha_res.expand([n * n])], -1)
     h = r * proj * alpha + bias
     h_pre = K.sigmoid(h[..., :n]) + eps
     h_post = K.sigmoid(h[..., n : 2 * n]) * 2
-    return h_pre, h_post, h[..., 2 * n :].reshape([s, b, n, n])
+    return K.cast(h_pre, dtype), K.cast(h_post, dtype), h[..., 2 * n :].reshape([s, b, n, n])

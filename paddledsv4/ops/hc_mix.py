@@ -29,7 +29,7 @@ def paddle_hc_aggregate(streams: Tensor, h_pre: Tensor) -> Tensor:
     """streams [s, b, n*C], h_pre [s, b, n] -> [s, b, C]."""
     s, b, n = h_pre.shape
     x = streams.reshape([s * b, n, -1])
-    return paddle.matmul(h_pre.astype(x.dtype).reshape([s * b, 1, n]), x).reshape([s, b, -1])
+    return paddle.matmul(h_pre.reshape([s * b, 1, n]), x).reshape([s, b, -1])
 
 
 @hc_mix.variant("paddle", "one batched [n, n+1] x [n+1, C] product: the layer's output as one more stream")
@@ -41,7 +41,7 @@ def paddle_hc_mix(h_res: Tensor, streams: Tensor, h_post: Tensor, output: Tensor
     s, b, n = h_post.shape
     rows = s * b
     x = paddle.concat([streams.reshape([rows, n, -1]), output.reshape([rows, 1, -1])], 1)
-    gates = paddle.concat([h_res.reshape([rows, n, n]), h_post.reshape([rows, 1, n])], 1).astype(x.dtype)
+    gates = paddle.concat([h_res.reshape([rows, n, n]), h_post.reshape([rows, 1, n])], 1)
     return paddle.matmul(gates, x, transpose_x=True).reshape(streams.shape)
 
 
@@ -69,14 +69,12 @@ def megatron_hc_expand(K, x, streams):
 @megatron_order(hc_aggregate, "product in the dtype of the streams, then the sum over streams")
 def megatron_hc_aggregate(K, streams, h_pre):
     s, b, n = h_pre.shape
-    h_pre = K.cast(h_pre, K.dtype(streams))
     return K.sum(streams.reshape([s, b, n, -1]) * h_pre.unsqueeze(-1), 2)
 
 
 @megatron_order(hc_mix, "h_post o + bmm(H_res^T, X), the post term first")
 def megatron_hc_mix(K, h_res, streams, h_post, output):
     s, b, n = h_post.shape
-    h_res, h_post = K.cast(h_res, K.dtype(streams)), K.cast(h_post, K.dtype(streams))
     mixed = K.bmm(K.permute(h_res.reshape([s * b, n, n]), 0, 2, 1), streams.reshape([s * b, n, -1]))
     out = h_post.unsqueeze(-1) * output.unsqueeze(2) + mixed.reshape([s, b, n, -1])
     return out.reshape(streams.shape)

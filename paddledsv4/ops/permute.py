@@ -13,6 +13,10 @@ permute = define("permute", "token rows grouped by expert, ascending tokens insi
 unpermute = define("unpermute", "sum of every token's expert outputs", spec="9.6")
 
 
+split_rows = define("split_rows", "the rows of every expert", spec="9.5")
+concat_rows = define("concat_rows", "rows of all experts, one after another", spec="9.5")
+
+
 @permute.variant("paddle", "nonzero of the transposed map, then gather")
 def paddle_permute(x: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, C], probs and map [T, E] -> rows [n, C], their probs [n], their token [n]; n assignments in all."""
@@ -39,3 +43,25 @@ def megatron_permute(K, x, probs, routing_map):
 @megatron_order(unpermute, "index_add into zeros, in the activation dtype")
 def megatron_unpermute(K, rows, token_index, tokens):
     return K.index_add(K.zeros([tokens, rows.shape[-1]], K.dtype(rows), like=rows), token_index, rows)
+
+
+@split_rows.variant("paddle", "paddle.split")
+def paddle_split_rows(x: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """x [n, ...] -> one [count, ...] per expert; an expert may have none."""
+    return tuple(paddle.split(x, counts))
+
+
+@megatron_order(split_rows, "split: gradients are concatenated")
+def megatron_split_rows(K, x, counts):
+    return tuple(K.split(x, counts, 0))
+
+
+@concat_rows.variant("paddle", "paddle.concat")
+def paddle_concat_rows(*parts: Tensor) -> Tensor:
+    """[count, C] per expert -> [n, C]."""
+    return paddle.concat(parts)
+
+
+@megatron_order(concat_rows, "cat: gradients are split")
+def megatron_concat_rows(K, *parts):
+    return K.cat(list(parts), 0)

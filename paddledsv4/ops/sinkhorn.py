@@ -21,8 +21,8 @@ def _sum_matrices(n: int, dtype) -> tuple[Tensor, Tensor]:
 
 @sinkhorn.variant("paddle", "matrix entries by tokens, sums as GEMMs, normalisations kept for a hand-written backward")
 @differentiable
-def paddle_sinkhorn(logits: Tensor, iterations: int, eps: float):
-    """logits [..., n, n] (last dimension: columns) -> [..., n, n]; eps is added to entries and to every sum."""
+def paddle_sinkhorn(logits: Tensor, iterations: int, eps: float, dtype: str):
+    """logits [..., n, n] (last dimension: columns) -> [..., n, n] in ``dtype``; eps is added to entries and sums."""
     n = logits.shape[-1]
     row_sum, column_sum = _sum_matrices(n, logits.dtype)
     sums = [column_sum] + [row_sum, column_sum] * (iterations - 1)
@@ -34,30 +34,30 @@ def paddle_sinkhorn(logits: Tensor, iterations: int, eps: float):
         kept.append((m, denominator))
 
     def backward(dout):
-        g = dout.reshape([-1, n * n]).t()
+        g = dout.astype(logits.dtype).reshape([-1, n * n]).t()
         for total, (m, denominator) in zip(reversed(sums), reversed(kept), strict=True):
             g = (g - paddle.matmul(total, g * m)) / denominator
         g = g.t().reshape(logits.shape)
         return ((g - (g * probability).sum(-1, keepdim=True)) * probability,)
 
-    return m.t().reshape(logits.shape), backward
+    return m.t().reshape(logits.shape).astype(dtype), backward
 
 
 @sinkhorn.variant("plain", "the loop as written, differentiated by autograd")
-def plain_sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+def plain_sinkhorn(logits: Tensor, iterations: int, eps: float, dtype: str) -> Tensor:
     m = F.softmax(logits, -1) + eps
     m = m / (m.sum(-2, keepdim=True) + eps)
     for _ in range(iterations - 1):
         m = m / (m.sum(-1, keepdim=True) + eps)
         m = m / (m.sum(-2, keepdim=True) + eps)
-    return m
+    return m.astype(dtype)
 
 
 @megatron_order(sinkhorn, "the loop as written, sums of four in order")
-def megatron_sinkhorn(K, logits, iterations, eps):
+def megatron_sinkhorn(K, logits, iterations, eps, dtype):
     m = K.softmax(logits, -1) + eps
     m = m / (K.sum(m, -2, keepdim=True) + eps)
     for _ in range(iterations - 1):
         m = m / (K.sum(m, -1, keepdim=True) + eps)
         m = m / (K.sum(m, -2, keepdim=True) + eps)
-    return m
+    return K.cast(m, dtype)

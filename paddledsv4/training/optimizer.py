@@ -13,11 +13,13 @@ from paddledsv4.ops.precision import widen
 
 @dataclass
 class ParameterState:
-    """A parameter with what the optimizer keeps for it: accumulated gradient, first and second moment."""
+    """A parameter with what the optimizer keeps for it, all in float32 or wider: the master that is updated (the
+    parameter itself unless that is narrower), accumulated gradient, first and second moment."""
 
     name: str
     parameter: Tensor
     weight_decay: float
+    master: Tensor
     main_grad: Tensor
     m: Tensor
     v: Tensor
@@ -37,7 +39,9 @@ class Optimizer:
         decayed = [(n, p, self.config.weight_decay) for n, p in named if p.ndim >= 2]
         others = [(n, p, 0.0) for n, p in named if p.ndim < 2]
         self.states = [
-            ParameterState(name, p, decay, *(paddle.zeros(p.shape, widen(p).dtype) for _ in range(3)))
+            ParameterState(
+                name, p, decay, widen(p.detach()), *(paddle.zeros(p.shape, widen(p).dtype) for _ in range(3))
+            )
             for name, p, decay in decayed + others
         ]
 
@@ -57,9 +61,11 @@ class Optimizer:
         beta1, beta2 = self.config.betas
         for state in self.states:
             self.ops.adamw(
-                state.parameter, state.main_grad, state.m, state.v,
+                state.master, state.main_grad, state.m, state.v,
                 step=self.step_count, lr=learning_rate, beta1=beta1, beta2=beta2, eps=self.config.eps,
                 weight_decay=state.weight_decay, scale=min(coefficient, 1.0),
             )
             state.main_grad.zero_()
+            if state.master.dtype != state.parameter.dtype:
+                paddle.assign(state.master.astype(state.parameter.dtype), state.parameter)
         return norm

@@ -23,6 +23,7 @@ class HyperConnection(nn.Layer):
         self.ops = build.ops
         config = build.config
         self.streams, self.eps, self.iterations = config.hc_mult, config.hc_eps, config.hc_sinkhorn_iters
+        self.dtype = build.dtype  # of the streams, to which the gates are rounded
         gates = self.streams**2 + 2 * self.streams
         self.alpha_pre = constant([1], build.wide_dtype, 0.01)
         self.alpha_post = constant([1], build.wide_dtype, 0.01)
@@ -35,9 +36,9 @@ class HyperConnection(nn.Layer):
         residual, to_aggregate, to_map = self.ops.fan_out(streams, 3)
         proj, r = self.ops.hc_project(to_map, self.mapping_proj.weight, self.eps)
         h_pre, h_post, logits = self.ops.hc_gates(
-            proj, r, self.alpha_pre, self.alpha_post, self.alpha_res, self.bias, self.streams, self.eps
+            proj, r, self.alpha_pre, self.alpha_post, self.alpha_res, self.bias, self.streams, self.eps, self.dtype
         )
-        h_res = self.ops.sinkhorn(logits, self.iterations, self.eps)
+        h_res = self.ops.sinkhorn(logits, self.iterations, self.eps, self.dtype)
         return self.ops.hc_aggregate(to_aggregate, h_pre), residual, h_res, h_post
 
     def mix(self, streams: Tensor, h_res: Tensor, h_post: Tensor, output: Tensor) -> Tensor:

@@ -16,6 +16,6 @@ class Linear(nn.Layer):
         normal = nn.initializer.Normal(0.0, build.config.initializer_range)
         self.weight = parameter([out_features, in_features], build.dtype, normal)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        return self.ops.linear(x, self.weight)
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out]. ``weight``: one of several copies of the layer's own, see fan_out."""
+        return self.ops.linear(x, self.weight if weight is None else weight)

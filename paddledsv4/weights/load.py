@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 import numpy as np
+import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.errors import UserError
@@ -41,7 +42,7 @@ def load_megatron_state(model: nn.Layer, state: Mapping[str, np.ndarray]) -> Non
                 f"weights: {name} has shape {list(state[name].shape)}, the model config gives {list(tensor.shape)}"
             )
     for name, tensor in tensors.items():
-        tensor.set_value(np.ascontiguousarray(state[name]).astype(str(tensor.dtype).split(".")[-1]))
+        tensor.set_value(paddle.to_tensor(np.ascontiguousarray(state[name])).astype(tensor.dtype))
 
 
 def weights_md5(model: nn.Layer) -> str:

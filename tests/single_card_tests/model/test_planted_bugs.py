@@ -27,7 +27,7 @@ def _eps_of_a_thousandth(original):
 
 
 def _three_sinkhorn_iterations(original):
-    return lambda logits, iterations, eps: original(logits, 3, eps)
+    return lambda logits, iterations, eps, dtype: original(logits, 3, eps, dtype)
 
 
 def _routed_scaling_one_percent_up(original):

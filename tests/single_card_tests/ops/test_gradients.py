@@ -54,7 +54,7 @@ def plain_windows():
     return [normal(7, 2, 3), normal(7, 2, 3), normal(3, 3)]
 
 
-@case("sinkhorn", iterations=5, eps=1e-3)
+@case("sinkhorn", iterations=5, eps=1e-3, dtype="float64")
 def matrices():
     return [normal(2, 2, 3, 3)]
 

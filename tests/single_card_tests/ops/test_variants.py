@@ -71,7 +71,7 @@ def test_indexer_loss(is_sparse):
 
 
 def test_sinkhorn_is_doubly_stochastic():
-    matrix = OPS["sinkhorn"].variants["paddle"].function(normal(5, 2, 4, 4), 20, 1e-6).numpy()
+    matrix = OPS["sinkhorn"].variants["paddle"].function(normal(5, 2, 4, 4), 20, 1e-6, "float64").numpy()
     np.testing.assert_allclose(matrix.sum(-2), 1.0, atol=1e-5)
     np.testing.assert_allclose(matrix.sum(-1), 1.0, atol=1e-3)
 
