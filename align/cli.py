@@ -32,6 +32,7 @@ class Precision(str, Enum):
     """Precisions that ``align run`` can train in."""
 
     fp32 = "fp32"
+    bf16 = "bf16"
     fp64 = "fp64"
 
 

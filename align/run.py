@@ -19,7 +19,7 @@ from align.readlog import read_log
 from paddledsv4.errors import UserError
 from paddledsv4.host import BITWISE_ENVIRONMENT, prepare_host
 
-PRECISIONS = ("fp32", "fp64")
+PRECISIONS = ("fp32", "bf16", "fp64")
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,8 @@ def _check_supported(bundle: Bundle, request: RunRequest) -> str:
             f"--steps {request.steps}: bundle {bundle.name} records steps 1 to {bundle.training.steps}"
         )
     precision = request.precision or bundle.training.precision
-    if request.precision is not None and precision not in PRECISIONS:
-        raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
     if precision not in PRECISIONS:
-        raise UserError(
-            f"bundle {bundle.name} was trained in {precision}, which align run cannot do yet; "
-            "give --precision fp32 to see how close fp32 comes"
-        )
+        raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
     return precision
 
 

@@ -41,6 +41,7 @@ class LearnedRouter(Router):
 
     def __init__(self, build: Build):
         super().__init__(build)
+        self.dtype = build.dtype
         self.register_buffer("expert_bias", paddle.zeros([self.experts], build.wide_dtype))
         counts = paddle.zeros([self.experts], build.wide_dtype)
         self.register_buffer("local_tokens_per_expert", counts, persistable=False)
@@ -51,13 +52,14 @@ class LearnedRouter(Router):
     def forward(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         probs, routing_map = super().forward(x, context)
         if paddle.is_grad_enabled():
-            self.local_tokens_per_expert.add_(routing_map.astype(self.local_tokens_per_expert.dtype).sum(0))
+            counts = self.ops.count_tokens(self.local_tokens_per_expert, routing_map, dtype=self.dtype)
+            paddle.assign(counts, self.local_tokens_per_expert)
         return probs, routing_map
 
     @paddle.no_grad()
     def update_expert_bias(self, rate: float) -> None:
         """Raise the bias of experts below the mean load by ``rate``, lower the others; then count anew."""
-        self.ops.expert_bias_update(self.expert_bias, self.local_tokens_per_expert, rate)
+        self.ops.expert_bias_update(self.expert_bias, self.local_tokens_per_expert, rate, dtype=self.dtype)
         self.local_tokens_per_expert.zero_()
 
 

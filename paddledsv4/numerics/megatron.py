@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from paddledsv4.numerics.bfloat16 import with_rounding
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.paddle_kernels import PaddleKernels
 from paddledsv4.numerics.registry import Op
@@ -27,8 +28,9 @@ def megatron_order(op: Op, note: str, explicit: bool = False) -> Callable[[Calla
     def register(function: Callable) -> Callable:
         native = functools.partial(function, PaddleKernels)
         functools.update_wrapper(native, function)
-        op.variant("megatron", note)(differentiable(native) if explicit else native)
-        op.variant("torch", f"{note}; on torch's kernels")(_on_torch(function, explicit))
+        emulated, on_torch = with_rounding(function, explicit), _on_torch(function, explicit)
+        op.variant("megatron", note, emulated=emulated)(differentiable(native) if explicit else native)
+        op.variant("torch", f"{note}; on torch's kernels", emulated=on_torch)(on_torch)
         return function
 
     return register

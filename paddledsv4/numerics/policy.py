@@ -88,9 +88,13 @@ class Policy:
         name = preset or environ.get(PRESET_VARIABLE) or "paddle"
         return cls.preset(name, from_environment | dict(overrides or {}))
 
-    def ops(self) -> SimpleNamespace:
-        """The chosen function of every op as an attribute: what a layer keeps and calls."""
-        return SimpleNamespace(**{op: OPS[op].variants[choice].function for op, choice in self.choices.items()})
+    def ops(self, emulate_bfloat16: bool = False) -> SimpleNamespace:
+        """The chosen function of every op as an attribute: what a layer keeps and calls.
+
+        ``emulate_bfloat16``: for a bfloat16 model on a device without the kernels (numerics/bfloat16.py).
+        """
+        chosen = {op: OPS[op].variants[choice] for op, choice in self.choices.items()}
+        return SimpleNamespace(**{op: (emulate_bfloat16 and v.emulated) or v.function for op, v in chosen.items()})
 
     @property
     def fingerprint(self) -> str:

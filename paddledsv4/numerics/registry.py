@@ -14,33 +14,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from paddledsv4.numerics.bfloat16 import at_the_boundary
+
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute an op. ``note`` says in one line what differs from the others."""
+    """One way to compute an op. ``note`` says in one line what differs from the others; ``emulated`` is the function
+    for bfloat16 on a device without bfloat16 kernels."""
 
     name: str
     function: Callable
     note: str
+    emulated: Callable | None = None
 
 
 @dataclass(frozen=True)
 class Op:
-    """A numeric operation: its name, its meaning, where the reference's order is specified, its outputs."""
+    """A numeric operation: its name, its meaning, where the reference's order is specified, its outputs.
+
+    ``wide`` names the outputs that are float32 or wider whatever the activations are.
+    """
 
     name: str
     summary: str
     spec: str
     outputs: tuple[str, ...] = ("out",)
+    wide: tuple[str, ...] = ()
     variants: dict[str, Variant] = field(default_factory=dict)
 
-    def variant(self, name: str, note: str) -> Callable[[Callable], Callable]:
-        """Register the decorated function as variant ``name``."""
+    def variant(self, name: str, note: str, emulated: Callable | None = None) -> Callable[[Callable], Callable]:
+        """Register the decorated function as variant ``name``. ``emulated``: see Variant; by default the function in
+        float32, rounded at its outputs."""
 
         def register(function: Callable) -> Callable:
             if name in self.variants:
                 raise ValueError(f"op {self.name} already has a variant {name}")
-            self.variants[name] = Variant(name, function, note)
+            narrow = emulated or at_the_boundary(function, self.outputs, self.wide)
+            self.variants[name] = Variant(name, function, note, narrow)
             return function
 
         return register
@@ -54,11 +64,13 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def define(name: str, summary: str, spec: str, outputs: tuple[str, ...] = ("out",)) -> Op:
+def define(
+    name: str, summary: str, spec: str, outputs: tuple[str, ...] = ("out",), wide: tuple[str, ...] = ()
+) -> Op:
     """Add an op to the table. ``spec`` names the sections of megatron-dsv4-spec.md that fix its order."""
     if name in OPS:
         raise ValueError(f"op {name} is defined twice")
-    OPS[name] = Op(name, summary, spec, outputs)
+    OPS[name] = Op(name, summary, spec, outputs, wide)
     return OPS[name]
 
 

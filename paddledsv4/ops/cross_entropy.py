@@ -12,7 +12,8 @@ from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
 from paddledsv4.ops.reduce import row_sum
 
-cross_entropy = define("cross_entropy", "negative log-likelihood of the labels", spec="11", outputs=("loss",))
+cross_entropy = define("cross_entropy", "negative log-likelihood of the labels", spec="11", outputs=("loss",),
+                       wide=("loss",))
 
 
 @cross_entropy.variant("paddle", "softmax kept for a hand-written backward")

@@ -15,7 +15,8 @@ from paddledsv4.ops.precision import widen
 from paddledsv4.ops.reduce import row_sum
 
 hc_project = define(
-    "hc_project", "GEMM of the flat streams and the reciprocal norm applied after it", spec="4.2", outputs=("proj", "r")
+    "hc_project", "GEMM of the flat streams and the reciprocal norm applied after it", spec="4.2",
+    outputs=("proj", "r"), wide=("proj", "r"),
 )
 hc_gates = define(
     "hc_gates", "h_pre, h_post and the logits of h_res", spec="4.2", outputs=("h_pre", "h_post", "h_res_logits")

@@ -13,12 +13,13 @@ from paddledsv4.ops.precision import dtype_name, widen
 from paddledsv4.ops.reduce import row_sum
 from paddledsv4.ops.sparse_attention import batch_first, make_segments, row_chunks, selection_mask
 
-indexer_score = define("indexer_score", "sum over heads of weight times ReLU(q k)", spec="8.2", outputs=("scores",))
+indexer_score = define("indexer_score", "sum over heads of weight times ReLU(q k)", spec="8.2", outputs=("scores",),
+                       wide=("scores",))
 indexer_weights = define("indexer_weights", "weights of the indexer's heads, scaled by their number", spec="8.2",
                          outputs=("weights",))
 indexer_topk = define("indexer_topk", "the best complete entries of every query", spec="8.2", outputs=("topk",))
 indexer_loss = define("indexer_loss", "KL divergence from the attention's own weights to the indexer's", spec="8.3",
-                      outputs=("loss",))
+                      outputs=("loss",), wide=("loss",))
 
 
 @indexer_weights.variant("paddle", "weights h^-1/2")

@@ -9,7 +9,7 @@ from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 
 permute = define("permute", "token rows grouped by expert, ascending tokens inside", spec="9.4",
-                 outputs=("rows", "probs", "token_index"))
+                 outputs=("rows", "probs", "token_index"), wide=("probs",))
 unpermute = define("unpermute", "sum of every token's expert outputs", spec="9.6")
 
 

@@ -10,7 +10,8 @@ from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.precision import widen
 
-router_logits = define("router_logits", "gating GEMM in float32", spec="9.1", outputs=("logits",))
+router_logits = define("router_logits", "gating GEMM in float32", spec="9.1", outputs=("logits",),
+                       wide=("logits",))
 router_scores = define("router_scores", "sqrt(softplus(logits))", spec="9.2", outputs=("scores",))
 router_topk = define("router_topk", "the experts with the largest biased affinity", spec="9.2", outputs=("index",))
 router_probs = define("router_probs", "weights of the chosen experts, normalised and scaled, and the routing map",
@@ -69,12 +70,20 @@ def paddle_sequence_aux_loss(logits: Tensor, sequences: int, topk: int, coeff: f
     return (load.sum() * (experts * coeff / (topk * s * s)) / sequences).reshape([1])
 
 
+count_tokens = define("count_tokens", "tokens per expert, added up over the microbatches of a step", spec="9.7",
+                      outputs=("counts",))
 expert_bias_update = define("expert_bias_update", "load balancing without a gradient", spec="9.7", outputs=())
 
 
+@count_tokens.variant("paddle", "in float32")
+def paddle_count_tokens(counts: Tensor, routing_map: Tensor, dtype: str) -> Tensor:
+    """counts [E] so far, routing_map [T, E] bool -> counts [E]. ``dtype``: that of the parameters."""
+    return counts + routing_map.astype(counts.dtype).sum(0)
+
+
 @expert_bias_update.variant("paddle", "bias += sign(mean - count) * rate, in place")
-def paddle_expert_bias_update(expert_bias: Tensor, counts: Tensor, rate: float) -> None:
-    """expert_bias [E], counts [E]: tokens of the step per expert."""
+def paddle_expert_bias_update(expert_bias: Tensor, counts: Tensor, rate: float, dtype: str) -> None:
+    """expert_bias [E], counts [E]: tokens of the step per expert. ``dtype``: that of the parameters."""
     expert_bias.add_(paddle.sign(counts.mean() - counts) * rate)
 
 
@@ -114,10 +123,17 @@ def megatron_router_probs(K, scores, index, scaling, normalise):
     return probs, K.cast(K.sum(K.one_hot(index, scores.shape[1]), 1), "bool")
 
 
-@megatron_order(expert_bias_update, "mean as sum / E, sign, rate; in place", explicit=True)
-def megatron_expert_bias_update(K, expert_bias, counts, rate):
+@megatron_order(count_tokens, "in the dtype of the parameters: bfloat16 rounds counts above 256", explicit=True)
+def megatron_count_tokens(K, counts, routing_map, dtype):
+    total = K.cast(counts, dtype) + K.cast(K.sum(routing_map, 0), dtype)
+    return K.cast(total, K.dtype(counts)), None
+
+
+@megatron_order(expert_bias_update, "sum / E, sign and rate in the dtype of the parameters; in place", explicit=True)
+def megatron_expert_bias_update(K, expert_bias, counts, rate, dtype):
+    counts = K.cast(counts, dtype)
     average = K.sum(counts) / counts.shape[0]
-    K.add_(expert_bias, K.sign(average - counts) * rate)
+    K.add_(expert_bias, K.cast(K.sign(average - counts) * rate, K.dtype(expert_bias)))
     return (), None
 
 

@@ -23,7 +23,7 @@ class Trainer:
 
     Args:
         model: what is computed.
-        train: how; its precision is used unless ``precision`` ("fp32" or "fp64") is given.
+        train: how; its precision is used unless ``precision`` ("fp32", "bf16" or "fp64") is given.
         policy: numeric variants, resolved here.
         tokens: integers [rows, sequence_length + 1].
         initial_state: parameters and buffers under Megatron's names; None draws them from ``train.seed``.

@@ -1,4 +1,4 @@
-"""The recorded first microbatch of tiny-fp32, and our own run of it."""
+"""The recorded first step of the shipped bundles tiny-fp32 and tiny-bf16, and our own run of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 from safetensors.numpy import load_file
 
+from align.tensors import read_tensors
 from align.trace import Tracer
 from paddledsv4.config import ModelConfig, TrainConfig
 from paddledsv4.model import DeepseekV4Model
@@ -20,7 +21,8 @@ from paddledsv4.weights.huggingface import from_huggingface
 from paddledsv4.weights.load import load_megatron_state
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "align" / "data" / "tiny-fp32"
+BUNDLES = ROOT / "align" / "data"
+TINY = BUNDLES / "tiny-fp32"
 SAMPLES = ROOT / "tests" / "data" / "tiny_fp32_samples.safetensors"
 HF_TINY = ROOT / "tests" / "data" / "hf_tiny"
 FULL_TRACE = ROOT.parent / "shared" / "reference" / "tiny-fp32" / "trace"
@@ -36,14 +38,19 @@ class Pass:
     losses: list[tuple[float, float]]
 
 
-def tiny_configs() -> tuple[ModelConfig, TrainConfig]:
-    bundle = json.loads((TINY / "bundle.json").read_text())
+def tiny_configs(bundle: str = "tiny-fp32") -> tuple[ModelConfig, TrainConfig]:
+    bundle = json.loads((BUNDLES / bundle / "bundle.json").read_text())
     return ModelConfig.from_dict(bundle["model"]), TrainConfig.from_dict(bundle["training"])
 
 
+def initial_state(bundle: str = "tiny-fp32") -> dict[str, np.ndarray]:
+    return read_tensors(BUNDLES / bundle / "init.safetensors")
+
+
 def tiny_model(preset: str = "paddle", precision: str = "fp32") -> DeepseekV4Model:
-    model = DeepseekV4Model(tiny_configs()[0], Policy.preset(preset), precision)
-    load_megatron_state(model, load_file(TINY / "init.safetensors"))
+    bundle = "tiny-bf16" if precision == "bf16" else "tiny-fp32"
+    model = DeepseekV4Model(tiny_configs(bundle)[0], Policy.preset(preset), precision)
+    load_megatron_state(model, initial_state(bundle))
     return model
 
 

@@ -40,7 +40,7 @@ class FakeTrainer:
     fault = None
 
     def __init__(self, model, train, policy, tokens, initial_state, precision):
-        assert tokens.shape[1] == train.sequence_length + 1 and precision in ("fp32", "fp64")
+        assert tokens.shape[1] == train.sequence_length + 1 and precision in ("fp32", "bf16", "fp64")
         assert isinstance(initial_state["weight"], np.ndarray)
 
     def train(self, steps):
@@ -91,6 +91,13 @@ def test_run_some_steps(align, fake, tmp_path):
     assert align("compare", "b", "runs/tiny-fp32-paddle-fp64", "--steps", 2).exit_code == 0
 
 
+def test_run_trains_in_the_precision_of_the_bundle(align, fake, tmp_path):
+    make_bundle(tmp_path / "half", training={"precision": "bf16", "sequence_length": 8, "steps": 2})
+    assert align("run", "half", "--numerics", "paddle").exit_code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.endswith("-paddle-bf16")
+
+
 @pytest.mark.parametrize(("fault", "matched"), [("stop", "2/4"), ("nan", "2/4")])
 def test_run_that_goes_wrong_fails(align, fake, tmp_path, fault, matched):
     make_bundle(tmp_path / "b")
@@ -126,9 +133,6 @@ def test_run_refuses_what_it_cannot_do(align, fake, tmp_path):
     make_bundle(tmp_path / "wide", parallel={"world_size": 2, "data": 2, "expert": 2}, steps=1)
     np.save(tmp_path / "wide" / "tokens.npy", np.zeros((8, 9), np.int32))
     assert_one_line_error(align("run", "wide"), "2 ranks", "one card")
-    make_bundle(tmp_path / "half", training={"precision": "bf16", "sequence_length": 8, "steps": 2})
-    assert_one_line_error(align("run", "half"), "bf16", "--precision fp32")
-    assert align("run", "half", "--precision", "fp32").exit_code == 0
     make_bundle(tmp_path / "b")
     assert_one_line_error(align("run", "b", "--steps", 3), "records steps 1 to 2")
     assert_one_line_error(align("run", "b", "--numerics", "nope"), "nope", "paddle")
