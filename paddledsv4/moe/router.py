@@ -42,6 +42,8 @@ class LearnedRouter(Router):
     def __init__(self, build: Build):
         super().__init__(build)
         self.dtype = build.dtype
+        # As in the reference (spec 9.2): a single choice is weighed by its affinity, else no gradient reached it.
+        self.normalise = self.normalise and self.topk > 1
         self.register_buffer("expert_bias", paddle.zeros([self.experts], build.wide_dtype))
         counts = paddle.zeros([self.experts], build.wide_dtype)
         self.register_buffer("local_tokens_per_expert", counts, persistable=False)

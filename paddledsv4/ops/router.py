@@ -114,10 +114,10 @@ def megatron_router_topk(K, scores, expert_bias, topk):
     return K.topk(biased, topk)[1], lambda *_: (None,) * (1 if expert_bias is None else 2)
 
 
-@megatron_order(router_probs, "gather, divide by sum + 1e-20 if more than one, scale, scatter")
+@megatron_order(router_probs, "gather, divide by sum + 1e-20, scale, scatter")
 def megatron_router_probs(K, scores, index, scaling, normalise):
     chosen = K.gather(scores, 1, index)
-    if normalise and index.shape[1] > 1:
+    if normalise:
         chosen = chosen / (K.sum(chosen, -1, keepdim=True) + TINY)
     probs = K.scatter(K.zeros(list(scores.shape), K.dtype(scores), like=scores), 1, index, chosen * scaling)
     return probs, K.cast(K.sum(K.one_hot(index, scores.shape[1]), 1), "bool")
