@@ -52,13 +52,16 @@ class Exchange:
     def to_torch(self, x: Tensor) -> torch.Tensor:
         x = x.detach().contiguous()
         t = to_torch(x)
-        self.lent[t.untyped_storage().data_ptr()] = x
+        if x.size:
+            self.lent[t.untyped_storage().data_ptr()] = x
         return t
 
     def to_paddle(self, t):
         """The same memory as a Paddle tensor; what is no tensor stays."""
         if not isinstance(t, torch.Tensor):
             return t
+        if not t.numel():  # no memory to share: all empty tensors have the same address
+            return paddle.empty(list(t.shape), str(t.dtype).split(".")[-1])
         t = t.detach().contiguous()
         source = self.lent.get(t.untyped_storage().data_ptr())
         if source is None:
