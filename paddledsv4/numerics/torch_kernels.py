@@ -13,8 +13,9 @@ from collections.abc import Callable
 import paddle
 import torch
 from paddle import Tensor
-from paddle.utils.dlpack import from_dlpack as paddle_from_dlpack
+from paddle.utils.dlpack import to_dlpack as paddle_to_dlpack
 from torch.nn import functional as F
+from torch.utils.dlpack import to_dlpack as torch_to_dlpack
 
 from paddledsv4.numerics.function import differentiable
 
@@ -33,9 +34,19 @@ def to_torch(x: Tensor) -> torch.Tensor:
     Packed by its strides too: torch's CPU GEMM takes another path, with other bits, when a dimension of size 1 has
     an odd stride, which ``contiguous()`` leaves as it is (spec section 0, stride trap).
     """
-    t = torch.from_dlpack(x.detach().contiguous())
+    t = torch.from_dlpack(paddle_to_dlpack(x.detach().contiguous()))
     dense = _dense_strides(t.shape)
     return t if list(t.stride()) == dense else t.as_strided(t.shape, dense)
+
+
+def to_paddle(t: torch.Tensor) -> Tensor:
+    """The same memory as a Paddle tensor.
+
+    paddle.from_dlpack does the same in 72 microseconds instead of 8, most of it spent on finding out the device.
+    Streams need no synchronisation: torch works on Paddle's (:func:`paddle_stream`).
+    """
+    dense = paddle.base.core.from_dlpack(torch_to_dlpack(t))
+    return Tensor(dense, device=dense._place())
 
 
 class Exchange:
@@ -65,10 +76,10 @@ class Exchange:
         t = t.detach().contiguous()
         source = self.lent.get(t.untyped_storage().data_ptr())
         if source is None:
-            return paddle_from_dlpack(t)
+            return to_paddle(t)
         if t.data_ptr() == source.data_ptr() and t.numel() == source.size:
             return source.view(list(t.shape))  # reshape would give the argument itself back
-        return paddle_from_dlpack(t.clone())
+        return to_paddle(t.clone())
 
 
 def paddle_stream(tensors):
