@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import paddle
 from paddle import Tensor
 
 
 def accumulate_dtype(dtype) -> str:
     """"float64" for float64, "float32" for everything narrower."""
-    return "float64" if "float64" in str(dtype) else "float32"
+    return "float64" if dtype in (paddle.float64, "float64") else "float32"
 
 
 def widen(x: Tensor) -> Tensor:
     """``x`` in its accumulation precision; ``x`` itself when it is there already."""
-    dtype = accumulate_dtype(x.dtype)
-    return x if dtype in str(x.dtype) else x.astype(dtype)
+    return x if x.dtype in (paddle.float32, paddle.float64) else x.astype("float32")
 
 
 def dtype_name(x: Tensor) -> str:
