@@ -61,6 +61,7 @@ class DeepseekV4Model(nn.Layer):
         self.decoder = TransformerBlock(build.at("decoder"))
         self.mtp = MultiTokenPredictionBlock(build.at("mtp"))
         self.output_layer = Linear(build.at("output_layer"), config.hidden_size, config.vocab_size)
+        policy.check_layers(path for path, layer in self.named_sublayers() if hasattr(layer, "ops"))
 
     def forward(self, input_ids: Tensor, losses: AuxiliaryLosses | None = None) -> Tensor:
         """input_ids [b, s] int64 -> logits of the next token [s, b, V]."""

@@ -22,15 +22,20 @@ from paddledsv4.numerics.paddle_kernels import PaddleKernels
 from paddledsv4.numerics.registry import Op
 
 
-def megatron_order(op: Op, note: str, explicit: bool = False) -> Callable[[Callable], Callable]:
-    """Register the decorated ``function(K, *tensors, **static)`` as variants ``megatron`` and ``torch`` of ``op``."""
+def megatron_order(op: Op, note: str, explicit: bool = False, same_bits: str = "") -> Callable[[Callable], Callable]:
+    """Register the decorated ``function(K, *tensors, **static)`` as variants ``megatron`` and ``torch`` of ``op``.
+
+    ``same_bits`` says why the two give the same bits in float32 on a CPU, where they do.
+    """
 
     def register(function: Callable) -> Callable:
         native = functools.partial(function, PaddleKernels)
         functools.update_wrapper(native, function)
         emulated, on_torch = with_rounding(function, explicit), _on_torch(function, explicit)
         op.variant("megatron", note, emulated=emulated)(differentiable(native) if explicit else native)
-        op.variant("torch", f"{note}; on torch's kernels", emulated=on_torch)(on_torch)
+        op.variant(
+            "torch", "as megatron, on torch's kernels", needs="torch", same_bits=same_bits, emulated=on_torch
+        )(on_torch)
         return function
 
     return register

@@ -5,6 +5,8 @@ from __future__ import annotations
 import paddle
 from paddle.nn import functional as F
 
+from paddledsv4.numerics import torch_order
+
 
 class PaddleKernels:
     """A namespace. ``dim`` counts as in torch; dtypes are given as text."""
@@ -77,14 +79,10 @@ class PaddleKernels:
         return paddle.full(shape, value, dtype)
 
     # -- elementwise
-    exp, log, sqrt, rsqrt, cos, sin = paddle.exp, paddle.log, paddle.sqrt, paddle.rsqrt, paddle.cos, paddle.sin
-    square, sigmoid, relu, abs, sign = paddle.square, F.sigmoid, F.relu, paddle.abs, paddle.sign
-    silu = staticmethod(F.silu)
+    exp, log, sqrt, rsqrt = torch_order.exp, paddle.log, torch_order.sqrt, torch_order.rsqrt
+    cos, sin, square, relu, abs, sign = paddle.cos, paddle.sin, paddle.square, F.relu, paddle.abs, paddle.sign
+    sigmoid, silu, softplus = torch_order.sigmoid, torch_order.silu, torch_order.softplus
     logaddexp = staticmethod(paddle.logaddexp)
-
-    @staticmethod
-    def softplus(x):
-        return F.softplus(x, beta=1, threshold=20)
 
     @staticmethod
     def clamp(x, low=None, high=None):
@@ -109,13 +107,7 @@ class PaddleKernels:
         return paddle.where(mask.expand(x.shape), paddle.full_like(x, value), x)
 
     # -- reductions
-    @staticmethod
-    def sum(x, dim=None, keepdim=False):
-        return paddle.sum(x, dim, keepdim=keepdim)
-
-    @staticmethod
-    def mean(x, dim, keepdim=False):
-        return paddle.mean(x, dim, keepdim=keepdim)
+    sum, mean = torch_order.sum, torch_order.mean
 
     @staticmethod
     def max(x, dim, keepdim=False):
@@ -124,13 +116,11 @@ class PaddleKernels:
         values = paddle.take_along_axis(x, index, dim)
         return values if keepdim else values.squeeze(dim)
 
-    @staticmethod
-    def norm(x, dim, keepdim=False):
-        return paddle.sqrt(paddle.sum(x * x, dim, keepdim=keepdim))
+    norm = torch_order.norm
 
     @staticmethod
     def vector_norm(x):
-        return paddle.sqrt(paddle.sum(x * x))
+        return torch_order.norm(x.flatten(), -1)
 
     @staticmethod
     def add_(x, y):
@@ -140,22 +130,22 @@ class PaddleKernels:
     def logsumexp(x, dim):
         top = paddle.max(x, dim, keepdim=True)
         top = paddle.where(paddle.isfinite(top), top, paddle.zeros_like(top))
-        return paddle.log(paddle.sum(paddle.exp(x - top), dim)) + top.squeeze(dim)
+        return paddle.log(torch_order.sum(torch_order.exp(x - top), dim)) + top.squeeze(dim)
 
     @staticmethod
     def softmax(x, dim, dtype=None):
         """Written out: Paddle's own CPU softmax gives masked entries exp(-64) instead of zero."""
         x = x if dtype is None else x.astype(dtype)
-        e = paddle.exp(x - paddle.max(x.detach(), dim, keepdim=True))
-        return e / paddle.sum(e, dim, keepdim=True)
+        e = torch_order.exp(x - paddle.max(x.detach(), dim, keepdim=True))
+        return e / torch_order.sum(e, dim, keepdim=True)
 
     @staticmethod
     def log_softmax(x, dim):
         x = x - paddle.max(x, dim, keepdim=True)
-        return x - paddle.log(paddle.sum(paddle.exp(x), dim, keepdim=True))
+        return x - paddle.log(torch_order.sum(torch_order.exp(x), dim, keepdim=True))
 
     # -- linear algebra
-    matmul = bmm = staticmethod(paddle.matmul)
+    matmul, bmm = torch_order.matmul, staticmethod(paddle.matmul)
     einsum = staticmethod(paddle.einsum)
 
     # -- selection
@@ -202,7 +192,7 @@ class PaddleKernels:
     @staticmethod
     def rms_norm(x, weight, eps):
         wide = x.astype("float32") if x.dtype == paddle.bfloat16 else x
-        r = paddle.rsqrt(paddle.mean(wide * wide, -1, keepdim=True) + eps)
+        r = torch_order.rsqrt(torch_order.mean(wide * wide, -1, keepdim=True) + eps)
         return ((wide * r) * weight.astype(wide.dtype)).astype(x.dtype)
 
     @staticmethod
@@ -210,5 +200,5 @@ class PaddleKernels:
         p.scale_(1 - lr * weight_decay)
         m.add_((g - m) * (1 - beta1))
         v.scale_(beta2).add_((g * (1 - beta2)) * g)
-        denominator = paddle.sqrt(v) / (1 - beta2**step) ** 0.5 + eps
+        denominator = torch_order.sqrt(v) / (1 - beta2**step) ** 0.5 + eps
         p.add_((m * (-lr / (1 - beta1**step))) / denominator)

@@ -1,22 +1,26 @@
 """Policy: which variant of every op is used, resolved once when the model is built.
 
-A preset is a chain of variant names; an op takes the first one that it has. Overrides name single ops::
+A preset is a chain of variant names; an op takes the first one that it has. Overrides name single ops, or the ops
+of some layers (see :mod:`paddledsv4.numerics.rules`)::
 
-    PADDLEDSV4_NUMERICS=plain          the preset
-    PADDLEDSV4_SINKHORN=paddle         one op
+    PADDLEDSV4_NUMERICS=plain                                          the preset
+    PADDLEDSV4_SINKHORN=paddle                                         one op
+    PADDLEDSV4_NUMERICS_LAYERS="decoder.layers.2.*:swiglu=paddle"      one op in some layers
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 from paddledsv4.errors import UserError
-from paddledsv4.numerics.registry import OPS, load_all
+from paddledsv4.numerics.registry import OPS, Op, load_all
+from paddledsv4.numerics.rules import LayerRule, Overrides, layer_rules
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "paddle": ("paddle",),
@@ -34,79 +38,143 @@ PRESET_NOTES = {
 }
 PREFIX = "PADDLEDSV4_"
 PRESET_VARIABLE = PREFIX + "NUMERICS"
+LAYERS_VARIABLE = PREFIX + "NUMERICS_LAYERS"
 
 
 @dataclass(frozen=True)
 class Policy:
-    """An immutable choice of one variant per op. Build it with :meth:`preset` or :meth:`from_env`."""
+    """An immutable choice of one variant per op, and of others in some layers.
+
+    Build it with :meth:`preset` or :meth:`from_env`.
+    """
 
     name: str
     choices: Mapping[str, str]
+    layers: tuple[LayerRule, ...] = ()
 
     @classmethod
-    def preset(cls, name: str = "paddle", overrides: Mapping[str, str] | None = None) -> Policy:
-        """The preset ``name`` with single ops overridden.
+    def preset(cls, name: str = "paddle", overrides: Mapping[str, str] | None = None,
+               layers: Iterable[LayerRule] = ()) -> Policy:
+        """The preset ``name`` with single ops overridden, and then those of some layers.
 
         Raises:
-            UserError: unknown preset, op or variant; the message lists the legal ones.
+            UserError: unknown preset, op or variant (the message lists the legal ones), or a variant whose package
+                is not installed.
         """
         if name not in PRESETS:
             raise UserError(f"numerics {name!r} is unknown; choose one of: {', '.join(PRESETS)}")
         ops, overrides = load_all(), dict(overrides or {})
         for op in overrides:
-            if op not in ops:
-                raise UserError(f"numerics: there is no op {op!r}; the ops are: {', '.join(sorted(ops))}")
+            _known(op)
         choices = {}
         for op in ops.values():
             choice = overrides.get(op.name) or next(v for v in (*PRESETS[name], "paddle") if v in op.variants)
-            if choice not in op.variants:
-                raise UserError(
-                    f"numerics: op {op.name} has no variant {choice!r}; it has: {', '.join(op.variants)}"
-                )
+            _usable(op, choice)
             choices[op.name] = choice
-        return cls(name, choices)
+        kept: dict[tuple[str, str], LayerRule] = {}
+        for rule in layers:
+            _usable(_known(rule.op), rule.variant)
+            kept.pop((rule.glob, rule.op), None)
+            kept[rule.glob, rule.op] = rule
+        return cls(name, choices, tuple(kept.values()))
 
     @classmethod
-    def from_env(cls, preset: str | None = None, overrides: Mapping[str, str] | None = None,
+    def from_env(cls, preset: str | None = None, overrides: Overrides | Mapping[str, str] | None = None,
                  environ: Mapping[str, str] = os.environ) -> Policy:
-        """The policy of the environment: PADDLEDSV4_NUMERICS, then PADDLEDSV4_<OP>, then the arguments, which win.
+        """The policy of the environment: PADDLEDSV4_NUMERICS, PADDLEDSV4_<OP> and PADDLEDSV4_NUMERICS_LAYERS, then
+        the arguments, which win.
 
         Raises:
-            UserError: also for a PADDLEDSV4_ variable that names no op.
+            UserError: as :meth:`preset`; also for a PADDLEDSV4_ variable that names no op, or a malformed one.
         """
         by_variable = {op.environment_variable: op.name for op in load_all().values()}
-        from_environment = {}
+        chosen = {}
         for variable, value in environ.items():
-            if variable == PRESET_VARIABLE or not variable.startswith(PREFIX):
+            if variable in (PRESET_VARIABLE, LAYERS_VARIABLE) or not variable.startswith(PREFIX):
                 continue
             if variable not in by_variable:
                 raise UserError(
                     f"environment variable {variable} names no op; the variables are: {PRESET_VARIABLE}, "
-                    + ", ".join(sorted(by_variable))
+                    f"{LAYERS_VARIABLE}, " + ", ".join(sorted(by_variable))
                 )
-            from_environment[by_variable[variable]] = value
-        name = preset or environ.get(PRESET_VARIABLE) or "paddle"
-        return cls.preset(name, from_environment | dict(overrides or {}))
+            chosen[by_variable[variable]] = value
+        text = environ.get(LAYERS_VARIABLE)
+        from_environment = Overrides(chosen, tuple(layer_rules(text, LAYERS_VARIABLE)) if text else ())
+        given = overrides if isinstance(overrides, Overrides) else Overrides(dict(overrides or {}))
+        both = from_environment.then(given)
+        return cls.preset(preset or environ.get(PRESET_VARIABLE) or "paddle", both.ops, both.layers)
 
-    def ops(self, emulate_bfloat16: bool = False) -> SimpleNamespace:
-        """The chosen function of every op as an attribute: what a layer keeps and calls.
+    def at(self, path: str = "") -> dict[str, str]:
+        """op -> variant for the layer at ``path``; "" is the model itself, its optimizer and its step."""
+        return {**self.choices, **{rule.op: rule.variant for rule in self.layers if rule.matches(path)}}
+
+    def ops(self, path: str = "", emulate_bfloat16: bool = False) -> SimpleNamespace:
+        """The chosen function of every op as an attribute: what the layer at ``path`` keeps and calls.
 
         ``emulate_bfloat16``: for a bfloat16 model on a device without the kernels (numerics/bfloat16.py).
         """
-        chosen = {op: OPS[op].variants[choice] for op, choice in self.choices.items()}
+        chosen = {op: OPS[op].variants[choice] for op, choice in self.at(path).items()}
         return SimpleNamespace(**{op: (emulate_bfloat16 and v.emulated) or v.function for op, v in chosen.items()})
+
+    def check_layers(self, paths: Iterable[str]) -> None:
+        """Whether every layer rule means some layer of a model whose layers with ops are at ``paths``.
+
+        Raises:
+            UserError: one that means none; the message gives the paths to choose from.
+        """
+        paths = sorted(paths)
+        for rule in self.layers:
+            if not any(rule.matches(path) for path in paths):
+                raise UserError(
+                    f"numerics: {str(rule)!r} matches no layer of this model; its layers are: {', '.join(paths)}"
+                )
+
+    @property
+    def label(self) -> str:
+        """The preset's name; with the fingerprint when anything deviates from the preset. Fit for a file's name."""
+        pure = not self.layers and self.choices == Policy.preset(self.name).choices
+        return self.name if pure else f"{self.name}-{self.fingerprint}"
 
     @property
     def fingerprint(self) -> str:
         """Twelve hex digits that identify the choices; they stand in every log."""
-        text = json.dumps(dict(sorted(self.choices.items())), separators=(",", ":"))
+        text = json.dumps(self.describe(), separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def describe(self) -> dict[str, str]:
-        """op -> variant, sorted by op."""
-        return dict(sorted(self.choices.items()))
+        """op -> variant, sorted by op; then "glob:op" -> variant for the layer rules, in their order."""
+        return dict(sorted(self.choices.items())) | {f"{rule.glob}:{rule.op}": rule.variant for rule in self.layers}
 
     @staticmethod
     def diff(a: Policy, b: Policy) -> dict[str, tuple[str, str]]:
-        """op -> (choice in a, choice in b) where they differ."""
-        return {op: (a.choices[op], b.choices[op]) for op in sorted(a.choices) if a.choices[op] != b.choices[op]}
+        """op -> (choice in a, choice in b) where they differ; "layers" -> all layer rules of each if those do."""
+        differing = {op: (a.choices[op], b.choices[op]) for op in sorted(a.choices) if a.choices[op] != b.choices[op]}
+        if a.layers != b.layers:
+            differing["layers"] = (",".join(map(str, a.layers)), ",".join(map(str, b.layers)))
+        return differing
+
+
+def _known(op: str) -> Op:
+    if op not in OPS:
+        raise UserError(f"numerics: there is no op {op!r}; the ops are: {', '.join(sorted(OPS))}")
+    return OPS[op]
+
+
+def _usable(op: Op, choice: str) -> None:
+    """Raise unless ``op`` has the variant and what it needs is installed."""
+    if choice not in op.variants:
+        raise UserError(f"numerics: op {op.name} has no variant {choice!r}; it has: {', '.join(op.variants)}")
+    needs = op.variants[choice].needs
+    if needs and not installed(needs):
+        raise UserError(
+            f"numerics: variant {choice} of op {op.name} needs {needs}, which is not installed: "
+            f'pip install "paddledsv4[{needs}]", or choose another preset, such as megatron'
+        )
+
+
+def installed(package: str) -> bool:
+    """Whether ``package`` can be imported; it is not imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False

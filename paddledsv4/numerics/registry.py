@@ -19,12 +19,20 @@ from paddledsv4.numerics.bfloat16 import at_the_boundary
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute an op. ``note`` says in one line what differs from the others; ``emulated`` is the function
-    for bfloat16 on a device without bfloat16 kernels."""
+    """One way to compute an op.
+
+    Attributes:
+        note: in one line, what differs from the others.
+        needs: the package that must be installed, "" for none beyond the requirements.
+        same_bits: why, in float32 on a CPU, this variant gives the bits of ``megatron``; "" where it does not.
+        emulated: the function for bfloat16 on a device without bfloat16 kernels.
+    """
 
     name: str
     function: Callable
     note: str
+    needs: str = ""
+    same_bits: str = ""
     emulated: Callable | None = None
 
 
@@ -42,15 +50,19 @@ class Op:
     wide: tuple[str, ...] = ()
     variants: dict[str, Variant] = field(default_factory=dict)
 
-    def variant(self, name: str, note: str, emulated: Callable | None = None) -> Callable[[Callable], Callable]:
-        """Register the decorated function as variant ``name``. ``emulated``: see Variant; by default the function in
-        float32, rounded at its outputs."""
+    def variant(
+        self, name: str, note: str, needs: str = "", same_bits: str = "", emulated: Callable | None = None
+    ) -> Callable[[Callable], Callable]:
+        """Register the decorated function as variant ``name``; the arguments are those of :class:`Variant`.
+
+        Without ``emulated``, bfloat16 is emulated by the function in float32, rounded at its outputs.
+        """
 
         def register(function: Callable) -> Callable:
             if name in self.variants:
                 raise ValueError(f"op {self.name} already has a variant {name}")
             narrow = emulated or at_the_boundary(function, self.outputs, self.wide)
-            self.variants[name] = Variant(name, function, note, narrow)
+            self.variants[name] = Variant(name, function, note, needs, same_bits, narrow)
             return function
 
         return register

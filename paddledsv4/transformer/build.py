@@ -30,7 +30,7 @@ class Build:
     @property
     def ops(self) -> SimpleNamespace:
         """The ops of this layer, resolved: ``ops.rms_norm(x, weight, eps)``."""
-        return self.policy.ops(emulate_bfloat16=self.dtype == "bfloat16" and not device_has_kernels())
+        return self.policy.ops(self.path, emulate_bfloat16=self.dtype == "bfloat16" and not device_has_kernels())
 
     @property
     def wide_dtype(self) -> str:
