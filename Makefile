@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: align test test-slow clean
+.PHONY: align test test-slow table clean
 
 # `align` exits 1 when the run worked but some loss differs in its last bits. Its summary says so; that is a result,
 # not a failed build. A Python crash exits 1 as well, so the summary must be there for a 1 to pass.
@@ -32,6 +32,10 @@ $(VENV)/.base: pyproject.toml
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable ".[dev,torch]"
 	touch $@
+
+# The table of numeric switches in the README, from the code.
+table: $(VENV)/.base
+	$(BIN)/paddledsv4 numerics --numerics paddle --write README.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

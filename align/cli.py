@@ -1,4 +1,4 @@
-"""The command line of align: ``align run`` and ``align compare``."""
+"""The command line of align: ``align run``, ``align compare`` and ``align ulps``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from align.compare import Comparison, compare_logs
 from align.issues import Issues
 from align.rawlog import AUTO, MAIN_FIRST, MAIN_ONLY, MTP_FIRST
 from align.readlog import read_pair
 from paddledsv4.errors import UserError
+from paddledsv4.numerics.options import LayerOps, Ops
+from paddledsv4.numerics.rules import Overrides
 
 app = typer.Typer(
     help="Prove that two trainers compute the same losses, bit for bit.",
@@ -60,7 +63,8 @@ def for_people() -> Iterator[None]:
 
 @app.command(
     epilog="Examples:  [bold]align run tiny-fp32 --numerics torch[/]   "
-    "[bold]align run ./my-bundle --precision fp64 --steps 5[/]"
+    "[bold]align run ./my-bundle --precision fp64 --steps 5[/]   "
+    "[bold]align run tiny-fp32 --numerics torch --op sinkhorn=paddle[/]"
 )
 def run(
     bundle: Annotated[str, typer.Argument(help="A bundle's directory, or a shipped one's name: tiny-fp32.")],
@@ -76,6 +80,8 @@ def run(
         Path | None,
         typer.Option(help="Directory for losses.jsonl; runs/BUNDLE-NUMERICS-PRECISION by default."),
     ] = None,
+    op: Ops = None,
+    layer_op: LayerOps = None,
 ) -> None:
     """Train a bundle's model with paddledsv4 and compare every loss with the recorded one.
 
@@ -86,7 +92,8 @@ def run(
     with for_people():
         from align.run import RunRequest, run_bundle
 
-        request = RunRequest(bundle, numerics, precision.value if precision else None, steps, out)
+        overrides = Overrides.from_texts(op, layer_op)
+        request = RunRequest(bundle, numerics, precision.value if precision else None, steps, out, overrides)
         comparison, path = run_bundle(request)
         print(f"losses: {path}", file=sys.stderr)
     _finish(comparison)
@@ -139,6 +146,44 @@ def compare(
         issues.extend(more)
         comparison = compare_logs(one, other, steps or _promised_steps(reference), issues)
     _finish(comparison)
+
+
+@app.command(
+    epilog="Examples:  [bold]align ulps tiny-fp32[/]   [bold]align ulps tiny-fp32 --numerics paddle --against plain[/]"
+)
+def ulps(
+    bundle: Annotated[str, typer.Argument(help="A bundle's directory, or a shipped one's name: tiny-fp32.")],
+    numerics: Annotated[str, typer.Option(help="Preset that trains, and whose ops are measured.")] = "megatron",
+    against: Annotated[str, typer.Option(help="Preset to measure the distance from.")] = "torch",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Replace the measurement that paddledsv4 ships, numerics/ulps.json.")
+    ] = False,
+) -> None:
+    """Measure how far two presets' ops are apart, in units in the last place, on the numbers of a real step.
+
+    One microbatch is trained with the first preset; every call of an op is replayed with both, forward and backward.
+    """
+    with for_people():
+        from align.bundle import load_bundle
+        from paddledsv4.host import prepare_host
+
+        loaded = load_bundle(bundle)
+        prepare_host(bitwise=True)
+        from align.ulps import as_table, measure, record_step, report, save
+        from paddledsv4.numerics.policy import Policy
+
+        ours, theirs = Policy.from_env(numerics), Policy.from_env(against)
+        if write and (numerics, against) != ("megatron", "torch"):
+            raise UserError("--write replaces the distance of megatron from torch: leave out --numerics and --against")
+        distances = measure(record_step(loaded, ours), ours, theirs)
+        measurement = report(distances, loaded)
+        if write:
+            save(measurement)
+        if as_json:
+            print(json.dumps(measurement, indent=1))
+        else:
+            Console().print(as_table(distances, f"{numerics} against {against}, {loaded.name} step 1, in ULPs"))
 
 
 @app.callback()

@@ -18,6 +18,7 @@ from align.progress import progress
 from align.readlog import read_log
 from paddledsv4.errors import UserError
 from paddledsv4.host import BITWISE_ENVIRONMENT, prepare_host
+from paddledsv4.numerics.rules import Overrides
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 
@@ -31,6 +32,7 @@ class RunRequest:
     precision: str | None = None
     steps: int | None = None
     out: Path | None = None
+    overrides: Overrides = Overrides()
 
 
 def run_bundle(request: RunRequest) -> tuple[Comparison, Path]:
@@ -50,21 +52,21 @@ def run_bundle(request: RunRequest) -> tuple[Comparison, Path]:
     # two imports, which load paddle.
     prepare_host(bitwise=True)
     from paddledsv4.numerics.policy import Policy
+    from paddledsv4.numerics.ulps import notes as kernel_notes
     from paddledsv4.training.trainer import Trainer
 
-    policy = Policy.from_env(preset=request.numerics) if request.numerics else Policy.from_env()
+    policy = Policy.from_env(request.numerics, request.overrides)
     trainer = Trainer(
         bundle.model, bundle.training, policy, tokens=bundle.tokens, initial_state=state, precision=precision
     )
-    numerics = request.numerics or getattr(policy, "name", "env")
-    directory = request.out or Path("runs") / f"{bundle.name}-{numerics}-{precision}"
+    directory = request.out or Path("runs") / f"{bundle.name}-{policy.label}-{precision}"
     path = directory / "losses.jsonl"
-    with LossLogWriter(path, _header(bundle, policy, numerics, precision, steps)) as writer:
+    with LossLogWriter(path, _header(bundle, policy, precision, steps)) as writer:
         _train(trainer, steps, writer, reference)
         writer.final_weights(trainer.weights_md5())
     candidate, issues = read_log(path).resolve()
     comparison = compare_logs(reference, candidate, steps, issues)
-    comparison.notes += _environment_notes(bundle)
+    comparison.notes += [*_environment_notes(bundle), *kernel_notes(policy)]
     return comparison, path
 
 
@@ -120,7 +122,7 @@ class Tally:
             self.matched += int(matches(series.take(slice(index, index + 1)), mine)[0])
 
 
-def _header(bundle: Bundle, policy: Any, numerics: str, precision: str, steps: int) -> dict[str, Any]:
+def _header(bundle: Bundle, policy: Any, precision: str, steps: int) -> dict[str, Any]:
     """What the first line of the log says about the run."""
     import paddle
 
@@ -128,7 +130,7 @@ def _header(bundle: Bundle, policy: Any, numerics: str, precision: str, steps: i
         "bundle": bundle.name,
         "steps": steps,
         "precision": precision,
-        "numerics": numerics,
+        "numerics": policy.label,
         "policy_fingerprint": policy.fingerprint,
         "policy": dict(policy.describe()),
         "paddle": paddle.__version__,

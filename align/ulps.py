@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
 from paddle import Tensor
+from rich.table import Table
 
 from align.bundle import Bundle
 from align.calls import Call, CallRecorder, replay
 from align.ulp import ulp_distance
+from paddledsv4.host import BITWISE_ENVIRONMENT
 from paddledsv4.numerics.policy import Policy
+from paddledsv4.numerics.ulps import FILE, short
 from paddledsv4.training.data import batches
 from paddledsv4.training.step import train_step
 from paddledsv4.training.trainer import Trainer
@@ -35,6 +43,13 @@ class Distance:
     @property
     def mean(self) -> float:
         return self.total / max(self.elements, 1)
+
+    def to_dict(self) -> dict[str, float] | None:
+        """The figures with four digits, ``equal`` as a fraction; None when nothing was compared."""
+        if not self.elements:
+            return None
+        figures = {"equal": self.equal / self.elements, "max": self.max, "mean": self.mean, "scaled": self.scaled}
+        return {"elements": self.elements, **{name: float(f"{value:.4g}") for name, value in figures.items()}}
 
     def add(self, ours: Any, theirs: Any) -> None:
         """Compare two results of one call: tensors, numbers, or None for no gradient.
@@ -64,9 +79,12 @@ class Distance:
 class OpDistance:
     """Both directions of one op; ``calls`` of it were compared."""
 
-    forward: Distance
-    backward: Distance
+    forward: Distance = field(default_factory=Distance)
+    backward: Distance = field(default_factory=Distance)
     calls: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"forward": self.forward.to_dict(), "backward": self.backward.to_dict()}
 
 
 def _is_bfloat16(x: Any) -> bool:
@@ -98,7 +116,7 @@ def measure(calls: list[Call], ours: Policy, theirs: Policy) -> dict[str, OpDist
     result: dict[str, OpDistance] = {}
     for call in calls:
         here, there = (getattr(policy.ops(call.path), call.op) for policy in (ours, theirs))
-        distance = result.setdefault(call.op, OpDistance(Distance(), Distance()))
+        distance = result.setdefault(call.op, OpDistance())
         distance.calls += 1
         for side, left, right in zip(
             (distance.forward, distance.backward), replay(call, here), replay(call, there), strict=True
@@ -106,3 +124,55 @@ def measure(calls: list[Call], ours: Policy, theirs: Policy) -> dict[str, OpDist
             for a, b in zip(left, right, strict=True):
                 side.add(a, b)
     return dict(sorted(result.items()))
+
+
+def made_with(bundle: Bundle) -> dict[str, Any]:
+    """Versions, machine and environment of a measurement, and all of it in one line."""
+    found = {"paddle": paddle.__version__, "torch": _torch_version(), "processor": _processor()}
+    summary = f"paddle {found['paddle']}, torch {found['torch']}, {found['processor']}, {bundle.name} step 1"
+    return {
+        **found, "bundle": bundle.name, "step": 1, "microbatch": 0, "summary": summary,
+        "environment": {name: os.environ.get(name) for name in BITWISE_ENVIRONMENT},
+    }  # fmt: skip
+
+
+def _torch_version() -> str | None:
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def report(distances: dict[str, OpDistance], bundle: Bundle) -> dict[str, Any]:
+    """The measurement as it is shipped in paddledsv4/numerics/ulps.json."""
+    return {"made_with": made_with(bundle), "ops": {op: d.to_dict() for op, d in distances.items()}}
+
+
+def save(measurement: dict[str, Any]) -> None:
+    """Make it the measurement that paddledsv4 ships, whole or not at all."""
+    temporary = FILE.with_name(FILE.name + ".part")
+    temporary.write_text(json.dumps(measurement, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(FILE)
+
+
+def as_table(distances: dict[str, OpDistance], title: str) -> Table:
+    """For a terminal: per op the fraction of equal elements, mean and largest distance in ULPs, both directions."""
+    table = Table(title=title)
+    table.add_column("op", no_wrap=True)
+    for heading in ("calls", "equal", "mean", "max", "backward equal", "mean", "max"):
+        table.add_column(heading, justify="right")
+    for op, d in distances.items():
+        cells = []
+        for side in (d.forward, d.backward):
+            equal = f"{side.equal / side.elements:.2%}" if side.elements else "-"
+            cells += [equal, *(short(x if side.elements else None) for x in (side.mean, side.max))]
+        table.add_row(op, str(d.calls), *cells)
+    return table

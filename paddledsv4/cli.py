@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from paddledsv4.config import ModelConfig, Recipe
 from paddledsv4.errors import UserError
 from paddledsv4.info import ACTIVATION_FORMULA, BFLOAT16, FLOAT32, ModelInfo, model_info
+from paddledsv4.numerics.options import LayerOps, Ops
+from paddledsv4.numerics.rules import Overrides
 
 if TYPE_CHECKING:
     from paddledsv4.training.runlog import RunLog
@@ -44,6 +45,16 @@ TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
   paddledsv4 train --config configs/tiny.yaml --steps 20 --out runs/short --numerics plain"""
 
+NUMERICS_EXAMPLES = """[bold]Examples[/bold]
+
+  paddledsv4 numerics
+
+  paddledsv4 numerics --numerics torch --op sinkhorn=paddle
+
+  paddledsv4 numerics --layer-op "decoder.layers.2.*:swiglu=plain" --json | jq .fingerprint
+
+  paddledsv4 numerics --write README.md"""
+
 INFO_EXAMPLES = """[bold]Examples[/bold]
 
   paddledsv4 info --config configs/flash.yaml
@@ -59,12 +70,14 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for train.jsonl and loss.png.")] = None,
     numerics: Numerics = None,
+    op: Ops = None,
+    layer_op: LayerOps = None,
 ) -> None:
     """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well."""
     from paddledsv4.training.data import load_tokens
     from paddledsv4.training.runlog import RunLog
 
-    recipe = Recipe.from_file(config)
+    recipe, given = Recipe.from_file(config), Overrides.from_texts(op, layer_op)
     try:
         training, data = recipe.require("training"), recipe.require("data")
         if recipe.parallel.world_size != 1:
@@ -78,8 +91,8 @@ def train(
     from paddledsv4.numerics.policy import Policy
     from paddledsv4.training.trainer import Trainer
 
-    preset, overrides = (numerics, {}) if numerics else recipe.numerics_choice()
-    policy = Policy.from_env(preset, overrides)
+    preset, overrides = (numerics, Overrides()) if numerics else recipe.numerics_choice()
+    policy = Policy.from_env(preset, overrides.then(given))
     trainer = Trainer(recipe.model, training, policy, tokens)
     header = {"numerics": policy.name, "fingerprint": policy.fingerprint, "policy": policy.describe()}
     header |= {"model": recipe.model.model_dump(mode="json"), "training": training.model_dump(mode="json")}
@@ -183,25 +196,43 @@ def _size(count: float) -> str:
     return f"{count:,.2f} TiB"
 
 
-@app.command()
+@app.command(epilog=NUMERICS_EXAMPLES)
 def numerics(
-    preset: Annotated[str | None, typer.Option("--numerics", help="Numerics preset to show.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--numerics", help="Numerics preset; PADDLEDSV4_NUMERICS, or paddle, by default.")
+    ] = None,
+    op: Ops = None,
+    layer_op: LayerOps = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="Put the markdown table between the markers in this file.")
+    ] = None,
 ) -> None:
-    """List every numeric operation, its variants, and the one that the environment chooses."""
-    _prepare_paddle()
-    from paddledsv4.numerics.policy import Policy
-    from paddledsv4.numerics.registry import load_all
+    """List every numeric switch: op, variable, variants with the active one marked, specification, ULPs.
 
-    policy = Policy.from_env(preset)
-    table = Table("op", "meaning", "variants (chosen in bold)", title=f"{policy.name} ({policy.fingerprint})")
-    for op in sorted(load_all().values(), key=lambda op: op.name):
-        chosen = policy.choices[op.name]
-        table.add_row(
-            op.name,
-            escape(op.summary),
-            ", ".join(f"[bold]{v}[/bold]" if v == chosen else v for v in op.variants),
-        )
-    Console().print(table)
+    ULPs: mean distance, in units of the last place, between Paddle's kernels (variant megatron) and torch's (variant
+    torch) on the same numbers, forward / backward.
+    """
+    if as_json + markdown + (write is not None) > 1:
+        raise UserError("choose one of --json, --markdown and --write")
+    given = Overrides.from_texts(op, layer_op)
+    _prepare_paddle()
+    from paddledsv4.numerics import table
+    from paddledsv4.numerics.policy import Policy
+
+    policy = Policy.from_env(preset, given)
+    if write:
+        table.update_file(write, table.as_markdown(policy))
+    elif as_json:
+        print(json.dumps(table.as_dict(policy), indent=2))
+    elif markdown:
+        print(table.as_markdown(policy))
+    else:
+        console = Console()
+        console.print(table.as_table(policy))
+        for rule in policy.layers:
+            console.print(f"in some layers: {rule}", highlight=False, markup=False)
 
 
 def _prepare_paddle() -> None:

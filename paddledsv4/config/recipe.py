@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import model_validator
 from typing_extensions import Self
 
 from paddledsv4.config.base import StrictConfig
@@ -12,6 +13,7 @@ from paddledsv4.config.files import read_mapping
 from paddledsv4.config.model import ModelConfig
 from paddledsv4.config.training import ParallelConfig, TrainConfig
 from paddledsv4.errors import UserError
+from paddledsv4.numerics.rules import Overrides
 
 
 class DataConfig(StrictConfig):
@@ -27,15 +29,21 @@ class Recipe(StrictConfig):
 
     ``model`` is a section or the path of a config.json; paths in ``model`` and ``data.tokens`` are relative
     to the recipe, ``output`` to the working directory. ``numerics`` is a preset's name, or a mapping of op to
-    variant in which the key ``preset`` names the preset to start from; left out, the environment decides.
+    variant in which the key ``preset`` names the preset to start from, and ``layers`` maps globs over layers to such
+    mappings; left out, the environment decides.
     """
 
     model: ModelConfig
     training: TrainConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig | None = None
-    numerics: str | dict[str, str] | None = None
+    numerics: Any = None
     output: str = "runs/paddledsv4"
+
+    @model_validator(mode="after")
+    def _check_numerics(self) -> Self:
+        self.numerics_choice()
+        return self
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -66,9 +74,18 @@ class Recipe(StrictConfig):
             raise UserError(f"{section} is missing; a recipe that trains needs a {section}: section")
         return getattr(self, section)
 
-    def numerics_choice(self) -> tuple[str | None, dict[str, str]]:
-        """(preset or None, overrides op -> variant): the arguments of ``Policy.from_env``."""
+    def numerics_choice(self) -> tuple[str | None, Overrides]:
+        """(preset or None, what deviates from it): the arguments of ``Policy.from_env``.
+
+        Raises:
+            UserError: ``numerics`` has another form.
+        """
+        if self.numerics is None or isinstance(self.numerics, str):
+            return self.numerics, Overrides()
         if not isinstance(self.numerics, dict):
-            return self.numerics, {}
-        overrides = dict(self.numerics)
-        return overrides.pop("preset", None), overrides
+            self.reject("numerics", "must be the name of a preset, or a mapping of op to variant")
+        values = dict(self.numerics)
+        preset = values.pop("preset", None)
+        if preset is not None and not isinstance(preset, str):
+            raise UserError(f"numerics.preset = {preset!r}: must be the name of a preset")
+        return preset, Overrides.from_mapping(values)
