@@ -20,12 +20,16 @@ BEGIN, END = "<!-- numerics table: begin -->", "<!-- numerics table: end -->"
 
 @dataclass(frozen=True)
 class Row:
-    """One op: its switch, the notes of its variants, the active one, and the measured distance of its kernels."""
+    """One op: its switch, the notes of its variants, the active one, and the measured distance of its kernels.
+
+    ``same_bits``: variant -> why it gives the bits of ``megatron`` in float32 on a CPU.
+    """
 
     op: str
     summary: str
     variable: str
     variants: dict[str, str]
+    same_bits: dict[str, str]
     active: str
     spec: str
     ulps: dict[str, Any] | None
@@ -44,7 +48,8 @@ def rows(policy: Policy) -> list[Row]:
 
 def _row(op: Op, active: str, ulps: Mapping[str, Any]) -> Row:
     notes = {variant.name: variant.note for variant in op.variants.values()}
-    return Row(op.name, op.summary, op.environment_variable, notes, active, op.spec, ulps.get(op.name))
+    same = {variant.name: variant.same_bits for variant in op.variants.values() if variant.same_bits}
+    return Row(op.name, op.summary, op.environment_variable, notes, same, active, op.spec, ulps.get(op.name))
 
 
 def as_table(policy: Policy) -> Table:
@@ -53,21 +58,27 @@ def as_table(policy: Policy) -> Table:
     table = Table("op", "variable", "variants: what differs", "spec", title=title)
     table.add_column("ULPs", justify="right")
     for row in rows(policy):
-        lines = [
-            f"[bold]→ {name}: {escape(note)}[/bold]" if name == row.active else f"  {name}: {escape(note)}"
-            for name, note in row.variants.items()
-        ]
+        lines = []
+        for name, note in row.variants.items():
+            same = row.same_bits.get(name)
+            text = escape(f"{name}: {note}" + (f" (= megatron's bits: {same})" if same else ""))
+            lines.append(f"[bold]→ {text}[/bold]" if name == row.active else f"  {text}")
         head = f"[bold]{row.op}[/bold]\n{escape(row.summary)}"
         table.add_row(head, row.variable, "\n".join(lines), row.spec, row.distance, end_section=True)
     return table
 
 
 def as_markdown(policy: Policy) -> str:
-    """For the README. Of the torch variant, only the name: it is ``megatron`` on torch's kernels throughout."""
+    """For the README. Of the torch variant, only the name: it is ``megatron`` on torch's kernels throughout.
+
+    An equals sign marks the variants that give the bits of ``megatron`` in float32 on a CPU.
+    """
     lines = ["| op | variable | variants: what differs | spec | ULPs |", "|---|---|---|---|---|"]
     for row in rows(policy):
         notes = [
-            (f"**{name}**" if name == row.active else f"`{name}`") + (f" {_cell(note)}" if name != "torch" else "")
+            (f"**{name}**" if name == row.active else f"`{name}`")
+            + ("=" if name in row.same_bits else "")
+            + (f" {_cell(note)}" if name != "torch" else "")
             for name, note in row.variants.items()
         ]
         cells = [f"`{row.op}`", f"`{row.variable}`", "<br>".join(notes), row.spec, row.distance]

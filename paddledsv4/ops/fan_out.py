@@ -19,7 +19,8 @@ def paddle_fan_out(x: Tensor, consumers: int) -> tuple[Tensor, ...]:
 
 
 @megatron_order(fan_out, "((g[n-1] + g[n-2]) + ...) + g[0], as reversed creation order gives in the reference",
-                explicit=True)
+                explicit=True,
+                same_bits="a few additions in a stated order")
 def megatron_fan_out(K, x, consumers):
     def backward(*grads):
         total = grads[-1]
@@ -30,12 +31,13 @@ def megatron_fan_out(K, x, consumers):
     return tuple(K.alias(x) for _ in range(consumers)), backward
 
 
-@add.variant("paddle", "paddle add with broadcast")
+@add.variant("paddle", "paddle add with broadcast", same_bits="one addition")
 def paddle_add(a: Tensor, b: Tensor) -> Tensor:
     """a [...], b of the same shape or broadcastable to it -> their sum."""
     return a + b
 
 
-@megatron_order(add, "a + b in the dtype of the activations")
+@megatron_order(add, "a + b in the dtype of the activations",
+                same_bits="one addition")
 def megatron_add(K, a, b):
     return a + b

@@ -43,6 +43,7 @@ def _butterfly(K, x):
     return K.cast(y * d**-0.5, K.dtype(x)).reshape(shape)
 
 
-@megatron_order(hadamard, "butterfly in float32, then the scale; backward is the same transform", explicit=True)
+@megatron_order(hadamard, "butterfly in float32, then the scale; backward is the same transform", explicit=True,
+                same_bits="sums and differences of pairs in a stated order")
 def megatron_hadamard(K, x):
     return _butterfly(K, x), lambda dy: (_butterfly(K, dy),)

@@ -18,7 +18,7 @@ hc_contract = define("hc_contract", "gated sum of the streams at the end of the 
                      spec="4.5", outputs=("out", "streams"))
 
 
-@hc_expand.variant("paddle", "tile")
+@hc_expand.variant("paddle", "tile", same_bits="copies; their gradients add one after another")
 def paddle_hc_expand(x: Tensor, streams: int) -> Tensor:
     """x [s, b, C] -> [s, b, n*C]."""
     return paddle.tile(x, [1, 1, streams])
@@ -60,7 +60,8 @@ def paddle_hc_contract(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
     return y.reshape([s, b, width // n]).astype(streams.dtype), streams
 
 
-@megatron_order(hc_expand, "expand and copy; gradients of the copies are summed")
+@megatron_order(hc_expand, "expand and copy; gradients of the copies are summed",
+                same_bits="copies; their gradients add one after another")
 def megatron_hc_expand(K, x, streams):
     s, b, width = x.shape
     return K.contiguous(x.unsqueeze(2).expand([s, b, streams, width])).reshape([s, b, streams * width])

@@ -22,7 +22,7 @@ indexer_loss = define("indexer_loss", "KL divergence from the attention's own we
                       outputs=("loss",), wide=("loss",))
 
 
-@indexer_weights.variant("paddle", "weights h^-1/2")
+@indexer_weights.variant("paddle", "weights h^-1/2", same_bits="one product")
 def paddle_indexer_weights(weights: Tensor, heads: int) -> Tensor:
     """weights [s, b, h] -> [s, b, h]."""
     return weights * heads**-0.5
@@ -73,7 +73,7 @@ def plain_indexer_score(query: Tensor, key: Tensor, weights: Tensor) -> Tensor:
     return (raw * (batch_first(weights) * query.shape[-1] ** -0.5).unsqueeze(-1)).sum(2)
 
 
-@indexer_topk.variant("paddle", "paddle.topk, best first")
+@indexer_topk.variant("paddle", "paddle.topk, best first", same_bits="the same choice unless scores tie")
 def paddle_indexer_topk(scores: Tensor, topk: int, ratio: int) -> Tensor:
     """scores [b, s, g] -> [b, s, min(topk, g)] int32, -1: none. Entry c is complete at query i when c < (i+1) // ratio.
     """

@@ -16,7 +16,8 @@ def complete(K, s, groups, ratio, like):
     return K.arange(groups, dtype="int64", like=like).unsqueeze(0) < row // ratio
 
 
-@megatron_order(indexer_weights, "product in the dtype of the activations")
+@megatron_order(indexer_weights, "product in the dtype of the activations",
+                same_bits="one product")
 def megatron_indexer_weights(K, weights, heads):
     return weights * heads**-0.5
 
@@ -38,7 +39,8 @@ def megatron_indexer_score(K, query, key, weights):
     return K.permute(scores, 1, 0, 2), backward
 
 
-@megatron_order(indexer_topk, "top-k of masked scores, best first; ties as the kernel leaves them", explicit=True)
+@megatron_order(indexer_topk, "top-k of masked scores, best first; ties as the kernel leaves them", explicit=True,
+                same_bits="the same choice unless scores tie")
 def megatron_indexer_topk(K, scores, topk, ratio):
     _, s, groups = scores.shape
     visible = complete(K, s, groups, ratio, like=scores).unsqueeze(0)

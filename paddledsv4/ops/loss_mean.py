@@ -22,7 +22,8 @@ def paddle_loss_mean(losses: Tensor, mask: Tensor, seed: float, factor: float):
     return (losses * mask).sum() / count, lambda g: (mask * (g * (seed * factor) / count), None)
 
 
-@megatron_order(loss_mean, "sum of the flat product / count; gradient ((seed / count) factor) mask", explicit=True)
+@megatron_order(loss_mean, "sum of the flat product / count; gradient ((seed / count) factor) mask", explicit=True,
+                same_bits="Paddle's kernels add in torch's order")
 def megatron_loss_mean(K, losses, mask, seed, factor):
     flat, weights = K.wide(losses).reshape([-1]), K.wide(mask).reshape([-1])
     count = K.clamp(K.sum(weights), 1.0, None)

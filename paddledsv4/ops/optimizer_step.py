@@ -42,7 +42,8 @@ def megatron_adamw(K, parameter, gradient, m, v, step, lr, beta1, beta2, eps, we
     return (), None
 
 
-@megatron_order(grad_norm, "norm of the per-parameter norms, squared and rooted again in double", explicit=True)
+@megatron_order(grad_norm, "norm of the per-parameter norms, squared and rooted again in double", explicit=True,
+                same_bits="Paddle's kernels add in torch's order")
 def megatron_grad_norm(K, gradients):
     norms = K.cat([K.vector_norm(g).reshape([1]) for g in gradients], 0)
     norm = K.vector_norm(norms)

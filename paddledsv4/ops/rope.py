@@ -43,7 +43,8 @@ def _plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return paddle.concat([fixed, turned.reshape([*x.shape[:-1], rotary])], -1)
 
 
-@rope.variant("paddle", "a complex product in float32 or wider; backward is the inverse rotation")
+@rope.variant("paddle", "a complex product in float32 or wider; backward is the inverse rotation",
+              same_bits="two products and a sum per number, each rounded")
 @differentiable
 def paddle_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False):
     """x [s, ..., D] with D even, cos and sin [s, P/2] -> [s, ..., D]; the first D-P dimensions pass unchanged."""
@@ -51,12 +52,14 @@ def paddle_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False):
     return _rotate(x, cos, turn), lambda dy: (_rotate(dy, cos, -turn), None, None)
 
 
-@rope.variant("plain", "the rotation, differentiated by autograd")
+@rope.variant("plain", "the rotation, differentiated by autograd",
+              same_bits="two products and a sum per number, each rounded")
 def plain_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     return _plain_rotate(x, cos, -sin if inverse else sin)
 
 
-@megatron_order(rope, "de-interleave, t cos + rotate_half(t) sin, interleave; table cast to the dtype of x")
+@megatron_order(rope, "de-interleave, t cos + rotate_half(t) sin, interleave; table cast to the dtype of x",
+                same_bits="two products and a sum per number, each rounded")
 def megatron_rope(K, x, cos, sin, inverse=False):
     rotary = 2 * cos.shape[-1]
     per_row = [cos.shape[0], *[1] * (x.ndim - 2), rotary]

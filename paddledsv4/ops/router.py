@@ -35,7 +35,7 @@ def paddle_router_scores(logits: Tensor) -> Tensor:
     return paddle.sqrt(F.softplus(logits))
 
 
-@router_topk.variant("paddle", "paddle.topk, best first")
+@router_topk.variant("paddle", "paddle.topk, best first", same_bits="the same choice unless scores tie")
 def paddle_router_topk(scores: Tensor, expert_bias: Tensor | None, topk: int) -> Tensor:
     """scores [T, E], expert_bias [E] or None -> expert ids [T, K] int64. The bias selects and weighs nothing."""
     biased = scores.detach() if expert_bias is None else scores.detach() + expert_bias.astype(scores.dtype)
@@ -75,13 +75,14 @@ count_tokens = define("count_tokens", "tokens per expert, added up over the micr
 expert_bias_update = define("expert_bias_update", "load balancing without a gradient", spec="9.7", outputs=())
 
 
-@count_tokens.variant("paddle", "in float32")
+@count_tokens.variant("paddle", "in float32", same_bits="whole numbers below 2^24 are exact")
 def paddle_count_tokens(counts: Tensor, routing_map: Tensor, dtype: str) -> Tensor:
     """counts [E] so far, routing_map [T, E] bool -> counts [E]. ``dtype``: that of the parameters."""
     return counts + routing_map.astype(counts.dtype).sum(0)
 
 
-@expert_bias_update.variant("paddle", "bias += sign(mean - count) * rate, in place")
+@expert_bias_update.variant("paddle", "bias += sign(mean - count) * rate, in place",
+                             same_bits="only the sign of a difference counts")
 def paddle_expert_bias_update(expert_bias: Tensor, counts: Tensor, rate: float, dtype: str) -> None:
     """expert_bias [E], counts [E]: tokens of the step per expert. ``dtype``: that of the parameters."""
     expert_bias.add_(paddle.sign(counts.mean() - counts) * rate)
@@ -108,7 +109,8 @@ def megatron_router_scores(K, logits):
     return K.sqrt(K.softplus(K.wide(logits)))
 
 
-@megatron_order(router_topk, "top-k of scores + bias, sorted", explicit=True)
+@megatron_order(router_topk, "top-k of scores + bias, sorted", explicit=True,
+                same_bits="the same choice unless scores tie")
 def megatron_router_topk(K, scores, expert_bias, topk):
     biased = scores if expert_bias is None else scores + K.wide(expert_bias)
     return K.topk(biased, topk)[1], lambda *_: (None,) * (1 if expert_bias is None else 2)
@@ -123,13 +125,15 @@ def megatron_router_probs(K, scores, index, scaling, normalise):
     return probs, K.cast(K.sum(K.one_hot(index, scores.shape[1]), 1), "bool")
 
 
-@megatron_order(count_tokens, "in the dtype of the parameters: bfloat16 rounds counts above 256", explicit=True)
+@megatron_order(count_tokens, "in the dtype of the parameters: bfloat16 rounds counts above 256", explicit=True,
+                same_bits="whole numbers below 2^24 are exact")
 def megatron_count_tokens(K, counts, routing_map, dtype):
     total = K.cast(counts, dtype) + K.cast(K.sum(routing_map, 0), dtype)
     return K.cast(total, K.dtype(counts)), None
 
 
-@megatron_order(expert_bias_update, "sum / E, sign and rate in the dtype of the parameters; in place", explicit=True)
+@megatron_order(expert_bias_update, "sum / E, sign and rate in the dtype of the parameters; in place", explicit=True,
+                same_bits="only the sign of a difference counts")
 def megatron_expert_bias_update(K, expert_bias, counts, rate, dtype):
     counts = K.cast(counts, dtype)
     average = K.sum(counts) / counts.shape[0]

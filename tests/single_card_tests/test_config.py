@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from paddledsv4.config import ModelConfig, OptimizerConfig, ParallelConfig, Recipe, TrainConfig
 from paddledsv4.errors import UserError
+from paddledsv4.numerics.rules import Overrides
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -226,11 +227,11 @@ def test_recipe(tmp_path):
     recipe = Recipe.from_file(ROOT / "configs" / "tiny.yaml")
     assert Path(recipe.data.tokens) == (ROOT / "align/data/tiny-fp32/tokens.npy").resolve()
     assert recipe.training.optimizer.lr == 1e-3  # YAML 1.1 alone would read the text "1e-3"
-    assert recipe.numerics_choice() == (None, {})
+    assert recipe.numerics_choice() == (None, Overrides())
     values = json.dumps({"model": TINY, "numerics": {"preset": "plain", "sinkhorn": "paddle"}})
     (tmp_path / "r.yaml").write_text(values)
     recipe = Recipe.from_file(tmp_path / "r.yaml")
-    assert recipe.numerics_choice() == ("plain", {"sinkhorn": "paddle"})
+    assert recipe.numerics_choice() == ("plain", Overrides({"sinkhorn": "paddle"}))
     assert "training is missing" in error_of(recipe.require, "training")
 
 
