@@ -193,7 +193,7 @@ class PaddleKernels:
     def rms_norm(x, weight, eps):
         wide = x.astype("float32") if x.dtype == paddle.bfloat16 else x
         r = torch_order.rsqrt(torch_order.mean(wide * wide, -1, keepdim=True) + eps)
-        return ((wide * r) * weight.astype(wide.dtype)).astype(x.dtype)
+        return torch_order.scale_rows(torch_order.scale_rows(wide, r), weight.astype(wide.dtype)).astype(x.dtype)
 
     @staticmethod
     def adamw_(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):

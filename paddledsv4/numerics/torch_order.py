@@ -181,6 +181,20 @@ def mean(x, dim, keepdim=False):
     return sum(x, dim, keepdim) / x.shape[dim]
 
 
+@or_native(lambda a, b: a * b)
+@differentiable
+def scale_rows(a, b):
+    """a [..., L] times b [..., 1] or [L]; the gradient of b is a sum in torch's order."""
+    rows = b.ndim == a.ndim and b.shape[-1] == 1
+
+    def backward(g):
+        both = g * a
+        db = sum(both, -1, keepdim=True) if rows else sum(both.reshape([-1, a.shape[-1]]), 0)
+        return g * b, db
+
+    return a * b, backward
+
+
 @or_native(lambda x, dim, keepdim=False: paddle.sqrt(paddle.sum(x * x, dim, keepdim=keepdim)))
 @differentiable
 def norm(x, dim, keepdim=False):
