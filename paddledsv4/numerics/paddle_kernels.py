@@ -80,7 +80,8 @@ class PaddleKernels:
 
     # -- elementwise
     exp, log, sqrt, rsqrt = torch_order.exp, paddle.log, torch_order.sqrt, torch_order.rsqrt
-    cos, sin, square, relu, abs, sign = paddle.cos, paddle.sin, paddle.square, F.relu, paddle.abs, paddle.sign
+    cos, sin = torch_order.cos, torch_order.sin
+    square, relu, abs, sign = paddle.square, F.relu, paddle.abs, paddle.sign
     sigmoid, silu, softplus = torch_order.sigmoid, torch_order.silu, torch_order.softplus
     logaddexp = staticmethod(paddle.logaddexp)
 
@@ -116,7 +117,7 @@ class PaddleKernels:
         values = paddle.take_along_axis(x, index, dim)
         return values if keepdim else values.squeeze(dim)
 
-    norm = torch_order.norm
+    norm, scale_rows = torch_order.norm, torch_order.scale_rows
 
     @staticmethod
     def vector_norm(x):
@@ -134,10 +135,7 @@ class PaddleKernels:
 
     @staticmethod
     def softmax(x, dim, dtype=None):
-        """Written out: Paddle's own CPU softmax gives masked entries exp(-64) instead of zero."""
-        x = x if dtype is None else x.astype(dtype)
-        e = torch_order.exp(x - paddle.max(x.detach(), dim, keepdim=True))
-        return e / torch_order.sum(e, dim, keepdim=True)
+        return torch_order.softmax(x if dtype is None else x.astype(dtype), dim)
 
     @staticmethod
     def log_softmax(x, dim):
@@ -145,7 +143,8 @@ class PaddleKernels:
         return x - paddle.log(torch_order.sum(torch_order.exp(x), dim, keepdim=True))
 
     # -- linear algebra
-    matmul, bmm = torch_order.matmul, staticmethod(paddle.matmul)
+    matmul, grouped_matmul = torch_order.matmul, torch_order.grouped_matmul
+    bmm = staticmethod(paddle.matmul)
     einsum = staticmethod(paddle.einsum)
 
     # -- selection
@@ -192,7 +191,7 @@ class PaddleKernels:
     @staticmethod
     def rms_norm(x, weight, eps):
         wide = x.astype("float32") if x.dtype == paddle.bfloat16 else x
-        r = torch_order.rsqrt(torch_order.mean(wide * wide, -1, keepdim=True) + eps)
+        r = torch_order.rsqrt(torch_order.mean(paddle.square(wide), -1, keepdim=True) + eps)
         return torch_order.scale_rows(torch_order.scale_rows(wide, r), weight.astype(wide.dtype)).astype(x.dtype)
 
     @staticmethod

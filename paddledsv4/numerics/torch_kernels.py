@@ -235,6 +235,10 @@ class TorchKernels:
         return x.norm(dim=dim, keepdim=keepdim)
 
     @staticmethod
+    def scale_rows(a, b):
+        return a * b
+
+    @staticmethod
     def vector_norm(x):
         return torch.norm(x)
 
@@ -254,6 +258,10 @@ class TorchKernels:
 
     # -- linear algebra
     matmul, bmm, einsum = torch.matmul, torch.bmm, torch.einsum
+
+    @staticmethod
+    def grouped_matmul(x, blocks):
+        return torch.einsum("sbgd,grd->sbgr", x, blocks)
 
     # -- selection
     @staticmethod

@@ -24,7 +24,8 @@ from paddle.nn import functional as F
 
 from paddledsv4.numerics.function import differentiable
 
-GEMM_BLOCK, GEMM_COLUMNS, GEMM_SMALL = 192, 24, 16
+GEMM_BLOCK, GEMM_COLUMNS, GEMM_ROWS, GEMM_NARROW = 192, 24, 24, 8
+NARROW_NUMBERS = 1 << 25  # products at a time; larger ones in float64, the nearest to any order
 SUM_BLOCK, LANES, ACCUMULATORS, COLUMNS = 16, 8, 4, 32
 
 
@@ -73,6 +74,14 @@ def rsqrt(x):
 
 def _logistic(x):
     return 1.0 / (1.0 + _precisely(paddle.exp, -x))
+
+
+def cos(x):
+    return _precisely(paddle.cos, x) if x.dtype == paddle.float32 else paddle.cos(x)
+
+
+def sin(x):
+    return _precisely(paddle.sin, x) if x.dtype == paddle.float32 else paddle.sin(x)
 
 
 @or_native(F.sigmoid)
@@ -213,22 +222,70 @@ def norm(x, dim, keepdim=False):
     return (y if keepdim else y.squeeze(-1)), backward
 
 
+def _row_total(x: Tensor) -> Tensor:
+    """[R, n] -> [R, 1], as a softmax adds its row: eight lanes, halved until one is left; short rows in order."""
+    rows, n = x.shape
+    if n < LANES:
+        return x.unsqueeze(-1).sum(1)
+    padded = F.pad(x, [0, -n % LANES], pad_from_left_axis=False) if n % LANES else x
+    lanes = padded.reshape([rows, -1, LANES]).sum(1)
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes
+
+
+def _native_softmax(x, dim):
+    """Written out: Paddle's own CPU softmax gives masked entries exp(-64) instead of zero."""
+    e = paddle.exp(x - paddle.max(x.detach(), dim, keepdim=True))
+    return e / paddle.sum(e, dim, keepdim=True)
+
+
+@or_native(_native_softmax)
+@differentiable
+def softmax(x, dim):
+    last = dim in (-1, x.ndim - 1)
+
+    def total(e):
+        if not last:
+            return e.sum(dim, keepdim=True)
+        return _row_total(e.reshape([-1, e.shape[-1]])).reshape([*e.shape[:-1], 1])
+
+    e = _precisely(paddle.exp, x - x.max(dim, keepdim=True))
+    y = e * (1.0 / total(e)) if last else e / total(e)
+    return y, lambda g: ((g - total(g * y)) * y,)
+
+
 # ---- linear algebra -------------------------------------------------------------------------------------------------
 
 
-def gemm(a: Tensor, b: Tensor) -> Tensor:
-    """[m, k] x [k, n] -> [m, n]. torch's order for m or n below 16 is unknown; there float64 is the nearest."""
-    (m, k), n = a.shape, b.shape[1]
-    if min(m, n) < GEMM_SMALL:
+def _narrow_gemm(a: Tensor, b: Tensor) -> Tensor:
+    """Few rows or columns: products, each rounded, in four lanes one after another; then the lanes, halved twice."""
+    k = a.shape[1]
+    if k % 4 or a.shape[0] * k * b.shape[1] > NARROW_NUMBERS:
         return paddle.matmul(a.astype("float64"), b.astype("float64")).astype("float32")
+    products = a.unsqueeze(1) * b.t().unsqueeze(0)
+    lanes = products.reshape([a.shape[0], b.shape[1], k // 4, 4]).sum(2)
+    lanes = lanes[..., :2] + lanes[..., 2:]
+    return lanes[..., 0] + lanes[..., 1]
+
+
+def gemm(a: Tensor, b: Tensor) -> Tensor:
+    """[m, k] x [k, n] -> [m, n]."""
+    (m, k), n = a.shape, b.shape[1]
+    if n <= GEMM_NARROW:
+        return _narrow_gemm(a, b)
     padded = max(-(-n // GEMM_COLUMNS) * GEMM_COLUMNS, 2 * GEMM_COLUMNS)
     if padded > n:
         b = paddle.concat([b, paddle.zeros([k, padded - n], b.dtype)], 1)
+    if m < GEMM_ROWS:
+        a = paddle.concat([a, paddle.zeros([GEMM_ROWS - m, k], a.dtype)], 0)
+    block = -(-k // 2) if GEMM_BLOCK < k <= 2 * GEMM_BLOCK else GEMM_BLOCK
     total = None
-    for start in range(0, k, GEMM_BLOCK):
-        part = paddle.matmul(a[:, start : start + GEMM_BLOCK], b[start : start + GEMM_BLOCK])
+    for start in range(0, k, block):
+        part = paddle.matmul(a[:, start : start + block], b[start : start + block])
         total = part if total is None else total + part
-    return total[:, :n]
+    return total[:m, :n]
 
 
 @or_native(paddle.matmul)
@@ -242,3 +299,21 @@ def matmul(x, weight):
         return gemm(g, weight.t()).reshape(x.shape), gemm(rows.t(), g)
 
     return gemm(rows, weight).reshape([*x.shape[:-1], weight.shape[1]]), backward
+
+
+@or_native(lambda x, blocks: paddle.einsum("...gd,grd->...gr", x, blocks))
+@differentiable
+def grouped_matmul(x, blocks):
+    """x [..., g, d], blocks [g, r, d] -> [..., g, r], one GEMM a group."""
+    groups, lead = blocks.shape[0], x.shape[:-2]
+    rows = x.reshape([-1, *x.shape[-2:]])
+
+    def each(function):
+        return [function(i) for i in range(groups)]
+
+    def backward(dy):
+        dy = dy.reshape([-1, groups, blocks.shape[1]])
+        dx = paddle.stack(each(lambda i: gemm(dy[:, i], blocks[i])), 1)
+        return dx.reshape(x.shape), paddle.stack(each(lambda i: gemm(dy[:, i].t(), rows[:, i])))
+
+    return paddle.stack(each(lambda i: gemm(rows[:, i], blocks[i].t())), 1).reshape([*lead, groups, -1]), backward

@@ -84,7 +84,7 @@ def megatron_hc_project(K, streams, weight, eps):
 def megatron_hc_gates(K, proj, r, alpha_pre, alpha_post, alpha_res, bias, streams, eps, dtype):
     n, (s, b, _) = streams, proj.shape
     alpha = K.cat([alpha_pre.expand([n]), alpha_post.expand([n]), alpha_res.expand([n * n])], -1)
-    h = r * proj * alpha + bias
+    h = K.scale_rows(K.scale_rows(proj, r), alpha) + bias
     h_pre = K.sigmoid(h[..., :n]) + eps
     h_post = K.sigmoid(h[..., n : 2 * n]) * 2
     return K.cast(h_pre, dtype), K.cast(h_post, dtype), h[..., 2 * n :].reshape([s, b, n, n])

@@ -70,14 +70,15 @@ def megatron_hc_expand(K, x, streams):
 @megatron_order(hc_aggregate, "product in the dtype of the streams, then the sum over streams")
 def megatron_hc_aggregate(K, streams, h_pre):
     s, b, n = h_pre.shape
-    return K.sum(streams.reshape([s, b, n, -1]) * h_pre.unsqueeze(-1), 2)
+    return K.sum(K.scale_rows(streams.reshape([s, b, n, -1]), h_pre.unsqueeze(-1)), 2)
 
 
 @megatron_order(hc_mix, "h_post o + bmm(H_res^T, X), the post term first")
 def megatron_hc_mix(K, h_res, streams, h_post, output):
     s, b, n = h_post.shape
     mixed = K.bmm(K.permute(h_res.reshape([s * b, n, n]), 0, 2, 1), streams.reshape([s * b, n, -1]))
-    out = h_post.unsqueeze(-1) * output.unsqueeze(2) + mixed.reshape([s, b, n, -1])
+    every = output.unsqueeze(2).expand([s, b, n, output.shape[-1]])
+    out = K.scale_rows(every, h_post.unsqueeze(-1)) + mixed.reshape([s, b, n, -1])
     return out.reshape(streams.shape)
 
 
@@ -88,5 +89,5 @@ def megatron_hc_contract(K, streams, fn, base, scale, eps):
     q = K.rsqrt(K.mean(K.square(x), -1, keepdim=True) + eps)
     mixes = K.matmul(x, K.permute(fn, 1, 0)) * q
     gate = K.sigmoid(mixes * scale + base) + eps
-    y = K.sum(gate.unsqueeze(-1) * x.reshape([s, b, fn.shape[0], -1]), -2)
+    y = K.sum(K.scale_rows(x.reshape([s, b, fn.shape[0], -1]), gate.unsqueeze(-1)), -2)
     return K.cast(y, K.dtype(streams)), K.view(streams)  # made last, so that its gradient is added first

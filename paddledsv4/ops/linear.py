@@ -41,5 +41,5 @@ def megatron_linear(K, x, weight):
 def megatron_grouped_linear(K, x, weight, groups):
     s, b, width = x.shape
     blocks = weight.reshape([groups, -1, width // groups])
-    out = K.einsum("sbgd,grd->sbgr", x.reshape([s, b, groups, width // groups]), blocks)
+    out = K.grouped_matmul(x.reshape([s, b, groups, width // groups]), blocks)
     return out.reshape([s, b, -1])

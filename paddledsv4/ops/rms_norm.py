@@ -68,4 +68,4 @@ def megatron_rms_norm(K, x, weight, eps):
 
 @megatron_order(head_norm, "square, mean, rsqrt and product each in the dtype of x")
 def megatron_head_norm(K, x, eps):
-    return x * K.rsqrt(K.mean(K.square(x), -1, keepdim=True) + eps)
+    return K.scale_rows(x, K.rsqrt(K.mean(K.square(x), -1, keepdim=True) + eps))

@@ -51,4 +51,4 @@ def plain_swiglu(x: Tensor, prob: Tensor | None, limit: float) -> Tensor:
 def megatron_swiglu(K, x, prob, limit):
     gate, up = K.chunk(x, 2, -1)
     h = K.silu(K.clamp(gate, None, limit)) * (K.clamp(up, -limit, limit) + 0.0)
-    return h if prob is None else K.cast(h * prob.unsqueeze(-1), K.dtype(x))
+    return h if prob is None else K.cast(K.scale_rows(h, prob.unsqueeze(-1)), K.dtype(x))
