@@ -67,7 +67,8 @@ def megatron_hc_expand(K, x, streams):
     return K.contiguous(x.unsqueeze(2).expand([s, b, streams, width])).reshape([s, b, streams * width])
 
 
-@megatron_order(hc_aggregate, "product in the dtype of the streams, then the sum over streams")
+@megatron_order(hc_aggregate, "product in the dtype of the streams, then the sum over streams",
+                same_bits="Paddle's kernels add in torch's order")
 def megatron_hc_aggregate(K, streams, h_pre):
     s, b, n = h_pre.shape
     return K.sum(K.scale_rows(streams.reshape([s, b, n, -1]), h_pre.unsqueeze(-1)), 2)

@@ -61,11 +61,13 @@ def plain_head_norm(x: Tensor, eps: float) -> Tensor:
     return _plain_normalise(widen(x), eps).astype(x.dtype)
 
 
-@megatron_order(rms_norm, "((x r) w) in float32, cast once at the end")
+@megatron_order(rms_norm, "((x r) w) in float32, cast once at the end",
+                same_bits="Paddle's kernels add in torch's order")
 def megatron_rms_norm(K, x, weight, eps):
     return K.rms_norm(x, weight, eps)
 
 
-@megatron_order(head_norm, "square, mean, rsqrt and product each in the dtype of x")
+@megatron_order(head_norm, "square, mean, rsqrt and product each in the dtype of x",
+                same_bits="Paddle's kernels add in torch's order")
 def megatron_head_norm(K, x, eps):
     return K.scale_rows(x, K.rsqrt(K.mean(K.square(x), -1, keepdim=True) + eps))
