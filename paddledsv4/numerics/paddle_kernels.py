@@ -33,6 +33,11 @@ class PaddleKernels:
         return x.contiguous()
 
     @staticmethod
+    def transposed_gradient(x):
+        """x; its gradient's matrices lie transposed in memory, as where x is used transposed."""
+        return x
+
+    @staticmethod
     def permute(x, *dims):
         return paddle.transpose(x, list(dims))
 

@@ -147,6 +147,16 @@ def _map_tensors(function, args):
             for a in args]
 
 
+class _TransposedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 class TorchKernels:
     """A namespace with the meaning of :class:`~paddledsv4.numerics.paddle_kernels.PaddleKernels`."""
 
@@ -168,6 +178,11 @@ class TorchKernels:
     @staticmethod
     def contiguous(x):
         return x.contiguous()
+
+    @staticmethod
+    def transposed_gradient(x):
+        """The order in which torch adds the entries of a row follows from their order in memory."""
+        return _TransposedGradient.apply(x)
 
     @staticmethod
     def permute(x, *dims):

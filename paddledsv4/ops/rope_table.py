@@ -14,12 +14,14 @@ rope_table = define("rope_table", "cos and sin of every position's angles", spec
 
 @rope_table.variant("paddle", "in the precision asked for")
 @functools.lru_cache(maxsize=64)
-def paddle_rope_table(length: int, stride: int, dtype: str, dim: int, base: float, factor: float, low: int, high: int):
+def paddle_rope_table(
+    length: int, stride: int, dtype: str, dim: int, base: float, factor: float | None, low: float, high: float
+):
     """cos and sin [length, dim/2] of positions 0, stride, ... Dimensions up to ``low`` turn by base^(-2i/dim), from
-    ``high`` on by that over ``factor``, between them by a ramp of the two. factor 1: no scaling."""
+    ``high`` on by that over ``factor``, between them by a ramp of the two. factor None: no scaling."""
     plain = 1.0 / base ** (paddle.arange(0, dim, 2, dtype=dtype) / dim)
     ramp = ((paddle.arange(dim // 2, dtype=dtype) - low) / (high - low)).clip(0.0, 1.0)
-    frequencies = plain if factor == 1.0 else plain / factor * ramp + plain * (1.0 - ramp)
+    frequencies = plain if factor is None else plain / factor * ramp + plain * (1.0 - ramp)
     angles = paddle.outer(paddle.arange(length, dtype=dtype) * stride, frequencies)
     return paddle.cos(angles), paddle.sin(angles)
 
@@ -28,7 +30,7 @@ def paddle_rope_table(length: int, stride: int, dtype: str, dim: int, base: floa
 def _megatron_table(K, length, stride, dtype, dim, base, factor, low, high):
     exponent = K.arange(0, dim, 2, dtype=dtype) / dim
     frequencies = 1.0 / (base**exponent)
-    if factor != 1.0:
+    if factor is not None:
         ramp = K.clamp((K.arange(dim // 2, dtype=dtype) - low) / (high - low), 0.0, 1.0)
         mask = 1.0 - ramp
         frequencies = (1.0 / (factor * base**exponent)) * (1 - mask) + frequencies * mask

@@ -53,11 +53,11 @@ def plain_sinkhorn(logits: Tensor, iterations: int, eps: float, dtype: str) -> T
     return m.astype(dtype)
 
 
-@megatron_order(sinkhorn, "the loop as written, sums of four in order")
+@megatron_order(sinkhorn, "the loop as written; its gradient comes from a transposed use, and is summed in that layout")
 def megatron_sinkhorn(K, logits, iterations, eps, dtype):
     m = K.softmax(logits, -1) + eps
     m = m / (K.sum(m, -2, keepdim=True) + eps)
     for _ in range(iterations - 1):
         m = m / (K.sum(m, -1, keepdim=True) + eps)
         m = m / (K.sum(m, -2, keepdim=True) + eps)
-    return K.cast(m, dtype)
+    return K.transposed_gradient(K.cast(m, dtype))

@@ -13,14 +13,15 @@ from paddledsv4.config import ModelConfig
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """Angles of the rotary dimensions at every position. ``yarn_factor`` 1 means no scaling.
+    """Angles of the rotary dimensions at every position. ``yarn_factor`` None means no YaRN.
 
+    A factor of 1 scales nothing, but the reference mixes the two equal frequencies all the same, which rounds.
     The YaRN concentration factor is not used: the angles change, the magnitude stays.
     """
 
     dim: int
     base: float
-    yarn_factor: float = 1.0
+    yarn_factor: float | None = None
     original_max_position: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -50,7 +51,7 @@ class RotaryEmbedding:
 
     def _ramp(self) -> tuple[float, float]:
         """First and last dimension of the passage from unscaled to scaled frequencies."""
-        if self.yarn_factor == 1.0:
+        if self.yarn_factor is None:
             return 0, 1
         low = max(math.floor(self._correction_dim(self.beta_fast)), 0)
         high = min(math.ceil(self._correction_dim(self.beta_slow)), self.dim - 1)
