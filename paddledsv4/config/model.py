@@ -117,8 +117,9 @@ class ModelConfig(StrictConfig):
     def _check_attention(self) -> None:
         if self.num_key_value_heads != 1:
             self.reject("num_key_value_heads", "must be 1; all heads share one key-value head")
-        if self.num_attention_heads % self.o_groups:
-            self.reject("o_groups", f"must divide num_attention_heads ({self.num_attention_heads})")
+        width = self.num_attention_heads * self.head_dim
+        if width % self.o_groups:
+            self.reject("o_groups", f"must divide num_attention_heads x head_dim ({width})")
         if self.qk_rope_head_dim % 2:
             self.reject("qk_rope_head_dim", "must be even; rotary embedding turns pairs")
         if self.qk_rope_head_dim > self.head_dim:

@@ -95,7 +95,7 @@ BAD_MODELS = [
     ({"compress_ratios": [0, 4, 64, 4, 0]}, "compress_ratios.2", "must be 0, 4 or 128"),
     ({"compress_ratios": "0,4"}, "compress_ratios", "must be a list"),
     ({"compress_ratios": [0, "4", 128, 4, 0]}, "compress_ratios.1", "must be a whole number"),
-    ({"o_groups": 3}, "o_groups", "must divide num_attention_heads (8)"),
+    ({"o_groups": 3}, "o_groups", "must divide num_attention_heads x head_dim (256)"),
     ({"num_key_value_heads": 2}, "num_key_value_heads", "must be 1"),
     ({"qk_rope_head_dim": 15}, "qk_rope_head_dim", "must be even"),
     ({"qk_rope_head_dim": 34}, "qk_rope_head_dim", "at most head_dim (32)"),
