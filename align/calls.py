@@ -21,6 +21,11 @@ class Call:
     in_graph: bool
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
+    def keep_gradient(self, output: int, gradient: Tensor | None) -> None:
+        """Keep a copy; Paddle also reports outputs that got no gradient, as None."""
+        if gradient is not None:
+            self.gradients[output] = gradient.detach().clone()
+
 
 def copied(value: Any) -> Any:
     """Tensors as independent leaves that want a gradient when the original did; lists element by element."""
@@ -72,7 +77,7 @@ class CallRecorder:
             outputs = original(*args, **kwargs)
             for i, x in enumerate(as_tuple(outputs)):
                 if isinstance(x, Tensor) and not x.stop_gradient and call.in_graph:
-                    x.register_hook(lambda g, i=i: call.gradients.__setitem__(i, g.detach().clone()))
+                    x.register_hook(lambda g, i=i: call.keep_gradient(i, g))
             return outputs
 
         setattr(layer.ops, name, recording)
