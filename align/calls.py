@@ -76,7 +76,8 @@ class CallRecorder:
             self.calls.append(call)
             outputs = original(*args, **kwargs)
             for i, x in enumerate(as_tuple(outputs)):
-                if isinstance(x, Tensor) and not x.stop_gradient and call.in_graph:
+                again = any(x is earlier for earlier in as_tuple(outputs)[:i])  # one tensor's gradient is told once
+                if isinstance(x, Tensor) and not x.stop_gradient and call.in_graph and not again:
                     x.register_hook(lambda g, i=i: call.keep_gradient(i, g))
             return outputs
 
@@ -109,8 +110,23 @@ def replay(call: Call, function: Callable) -> tuple[list[Any], list[Tensor | Non
     if not outputs:
         return tensors_in(args), []
     inputs = [t for t in tensors_in([args, list(kwargs.values())]) if not t.stop_gradient]
-    received = [i for i in sorted(call.gradients) if not outputs[i].stop_gradient]
-    if not received:
+    if not backward(call, outputs):
         return list(outputs), []
-    paddle.autograd.backward([outputs[i] for i in received], [call.gradients[i] for i in received])
     return list(outputs), [t.grad for t in inputs]
+
+
+def backward(call: Call, outputs: tuple) -> bool:
+    """Send the recorded gradients back from ``outputs``; False if there are none to send.
+
+    A variant may give one tensor as several outputs: it then receives the sum, the last output's gradient first.
+    """
+    received: dict[int, tuple[Tensor, Tensor]] = {}
+    for i in sorted(call.gradients, reverse=True):
+        if not outputs[i].stop_gradient:
+            earlier = received.get(id(outputs[i]))
+            gradient = call.gradients[i] if earlier is None else earlier[1] + call.gradients[i]
+            received[id(outputs[i])] = (outputs[i], gradient)
+    if received:
+        tensors, gradients = zip(*received.values(), strict=True)
+        paddle.autograd.backward(list(tensors), list(gradients))
+    return bool(received)

@@ -171,12 +171,13 @@ def ulps(
         loaded = load_bundle(bundle)
         prepare_host(bitwise=True)
         from align.ulps import as_table, measure, record_step, report, save
+        from paddledsv4.model import DTYPES
         from paddledsv4.numerics.policy import Policy
 
         ours, theirs = Policy.from_env(numerics), Policy.from_env(against)
         if write and (numerics, against) != ("megatron", "torch"):
             raise UserError("--write replaces the distance of megatron from torch: leave out --numerics and --against")
-        distances = measure(record_step(loaded, ours), ours, theirs)
+        distances = measure(record_step(loaded, ours), ours, theirs, DTYPES[loaded.training.precision])
         measurement = report(distances, loaded)
         if write:
             save(measurement)

@@ -19,6 +19,7 @@ from align.bundle import Bundle
 from align.calls import Call, CallRecorder, replay
 from align.ulp import ulp_distance
 from paddledsv4.host import BITWISE_ENVIRONMENT
+from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.numerics.ulps import FILE, short
 from paddledsv4.training.data import batches
@@ -111,11 +112,13 @@ def record_step(bundle: Bundle, policy: Policy, ops: set[str] | None = None) -> 
     return recorder.calls
 
 
-def measure(calls: list[Call], ours: Policy, theirs: Policy) -> dict[str, OpDistance]:
-    """op -> distance between the variants that the two policies choose, on the recorded calls."""
+def measure(calls: list[Call], ours: Policy, theirs: Policy, dtype: str = "float32") -> dict[str, OpDistance]:
+    """op -> distance between the variants that the two policies choose, on the recorded calls of a model in ``dtype``.
+    """
+    emulate = needs_emulation(dtype)
     result: dict[str, OpDistance] = {}
     for call in calls:
-        here, there = (getattr(policy.ops(call.path), call.op) for policy in (ours, theirs))
+        here, there = (getattr(policy.ops(call.path, emulate), call.op) for policy in (ours, theirs))
         distance = result.setdefault(call.op, OpDistance())
         distance.calls += 1
         for side, left, right in zip(

@@ -69,11 +69,14 @@ def step_times(bundle: Bundle, presets: list[str], steps: int) -> dict[str, list
 def op_costs(bundle: Bundle, preset: str, repeats: int) -> list[OpCost]:
     """Every op of one microbatch and one update, dearest first; the median of ``repeats`` for each call."""
     from align.ulps import record_step
+    from paddledsv4.model import DTYPES
+    from paddledsv4.numerics.bfloat16 import needs_emulation
     from paddledsv4.numerics.policy import Policy
 
     policy, costs = Policy.preset(preset), {}
+    emulate = needs_emulation(DTYPES[bundle.training.precision])
     for call in record_step(bundle, policy):
-        function = getattr(policy.ops(call.path), call.op)
+        function = getattr(policy.ops(call.path, emulate), call.op)
         cost = costs.setdefault(call.op, OpCost(call.op))
         times = [timed(call, function) for _ in range(repeats)]
         cost.calls += 1
@@ -86,19 +89,15 @@ def timed(call, function) -> tuple[float, float]:
     """Seconds of one recorded call, forward and backward, without the copying of its arguments."""
     import paddle
 
-    from align.calls import as_tuple, copied, copied_values
+    from align.calls import as_tuple, backward, copied, copied_values
 
     args, kwargs = copied(call.args), copied_values(call.kwargs)
     with paddle.set_grad_enabled(call.in_graph):
         start = time.perf_counter()
         outputs = as_tuple(function(*args, **kwargs))
         forward = time.perf_counter() - start
-    received = [i for i in sorted(call.gradients) if i < len(outputs) and not outputs[i].stop_gradient]
-    if not received:
-        return forward, 0.0
     start = time.perf_counter()
-    paddle.autograd.backward([outputs[i] for i in received], [call.gradients[i] for i in received])
-    return forward, time.perf_counter() - start
+    return forward, time.perf_counter() - start if backward(call, outputs) else 0.0
 
 
 def times_table(times: dict[str, list[float]]) -> Table:

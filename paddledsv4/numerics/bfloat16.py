@@ -22,9 +22,9 @@ from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.paddle_kernels import PaddleKernels
 
 
-def device_has_kernels() -> bool:
-    """Whether Paddle computes in bfloat16 on the current device."""
-    return not paddle.get_device().startswith("cpu")
+def needs_emulation(dtype: str) -> bool:
+    """Whether a model with parameters of ``dtype`` is emulated on the current device."""
+    return dtype == "bfloat16" and paddle.get_device().startswith("cpu")
 
 
 def _is_narrow(x) -> bool:

@@ -9,7 +9,7 @@ import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.config import ModelConfig
-from paddledsv4.numerics.bfloat16 import device_has_kernels
+from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.ops.precision import accumulate_dtype
 
@@ -30,7 +30,7 @@ class Build:
     @property
     def ops(self) -> SimpleNamespace:
         """The ops of this layer, resolved: ``ops.rms_norm(x, weight, eps)``."""
-        return self.policy.ops(self.path, emulate_bfloat16=self.dtype == "bfloat16" and not device_has_kernels())
+        return self.policy.ops(self.path, emulate_bfloat16=needs_emulation(self.dtype))
 
     @property
     def wide_dtype(self) -> str:

@@ -41,7 +41,7 @@ def test_paths_of_layers_are_megatrons_names():
     model, seen = tiny_model(), set()
     original = Policy.ops
     try:
-        Policy.ops = lambda self, path="": seen.add(path) or original(self, path)
+        Policy.ops = lambda self, path="", **options: seen.add(path) or original(self, path, **options)
         DeepseekV4Model(tiny_configs()[0], Policy.preset("paddle"))
     finally:
         Policy.ops = original
