@@ -96,6 +96,28 @@ class LossSeries:
         return int(np.count_nonzero(np.diff(self.keys >> 32))) + 1 if len(self) else 0
 
 
+class Rows(NamedTuple):
+    """Entries of a log: line numbers int64 [n], keys int64 [n], values float64 [n], MD5s uint64 [n, 2]."""
+
+    lines: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    md5s: np.ndarray
+
+
+def in_order(parts: list[Rows]) -> Rows:
+    """The entries of several parts in the order of their lines."""
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort(np.concatenate([part.lines for part in parts]), kind="stable")
+    return Rows(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
+
+
+def append(column: array, numbers: np.ndarray) -> None:
+    """Append numbers to a growing column, as its type."""
+    column.frombytes(numbers.astype(column.typecode, copy=False).tobytes())
+
+
 class SeriesBuilder:
     """Collects the entries of one :class:`LossSeries` in the order of the log."""
 
@@ -112,12 +134,18 @@ class SeriesBuilder:
         self.md5s += md5
         self.lines.append(line)
 
-    def extend(self, keys: np.ndarray, values: array, md5s: bytes, lines: array) -> None:
-        """Append many entries at once: int64 keys, float64 values, 16 bytes of MD5 each, line numbers."""
-        self.keys.frombytes(keys.astype(np.int64).tobytes())
-        self.values.extend(values)
-        self.md5s += md5s
-        self.lines.extend(lines)
+    def extend(self, rows: Rows) -> None:
+        """Append many entries at once."""
+        append(self.keys, rows.keys)
+        append(self.values, rows.values)
+        self.md5s += rows.md5s.tobytes()
+        append(self.lines, rows.lines)
+
+    def settle(self) -> None:
+        """The log is read: drop the line numbers if no two entries can be in conflict."""
+        keys = np.frombuffer(self.keys, np.int64)
+        if (keys[1:] > keys[:-1]).all():
+            self.lines = array("I")
 
     def build(self, issues: Issues, kind: str) -> LossSeries:
         """Sort, and keep the first of several entries at one position; each further one is an issue."""

@@ -17,7 +17,7 @@ from collections import defaultdict
 import numpy as np
 
 from align.issues import Issues
-from align.losslog import NO_MD5, LossLog, LossSeries, SeriesBuilder, float32, merge
+from align.losslog import NO_MD5, LossLog, LossSeries, Rows, SeriesBuilder, append, float32, merge
 
 MAIN_FIRST, MTP_FIRST, MAIN_ONLY, AUTO = "main-first", "mtp-first", "main-only", "auto"
 HEAD = 4096  # lines of a rank that decide about the order
@@ -40,11 +40,11 @@ class Stream:
         self.md5s += md5
         self.lines.append(line)
 
-    def extend(self, values: array, md5s: bytes, lines: list[int]) -> None:
-        """Append many lines at once."""
-        self.values.extend(values)
-        self.md5s += md5s
-        self.lines.extend(lines)
+    def extend(self, rows: Rows) -> None:
+        """Append many lines at once; their keys do not matter."""
+        append(self.values, rows.values)
+        self.md5s += rows.md5s.tobytes()
+        append(self.lines, rows.lines)
 
     def skip(self, line: int) -> None:
         """Keep the place of a line that cannot be read, so that the lines after it keep their positions."""

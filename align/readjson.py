@@ -1,42 +1,29 @@
 """JSON-lines logs: the format of a bundle's losses.jsonl and of what ``align run`` writes.
 
-A block of lines that all look as our writer prints them goes through one regular expression (about two
-microseconds a line); any other block goes line by line through the JSON parser, which accepts every spelling
-and explains what it refuses.
+A block of lines that all look as our writer prints them is read by columns (:mod:`align.alike`); any other block
+goes line by line through the JSON parser, which accepts every spelling and explains what it refuses.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from array import array
-from collections.abc import Iterable
-from itertools import compress
 from typing import Any
 
 import numpy as np
 
-from align.losslog import NO_MD5, pack, parse_number
+from align.alike import INTEGER, MD5, VALUE, Shape, Table, Unlike, tables
+from align.losslog import NO_MD5, Rows, in_order, pack, parse_number
 from align.rawlog import RawLog
 
 _VALUE = rb'"([-+.0-9a-z]{1,400})"'
 _MD5 = rb'"([0-9a-f]{32})"'
-_PLAIN = re.compile(
-    rb'^\{"step": ([1-9]\d{0,8}), (?:'
-    rb'"microbatch": (\d{1,4}), "rank": (\d{1,4}), '
-    rb'"main_loss": '
-    + _VALUE
-    + rb', "main_md5": '
-    + _MD5
-    + rb', "mtp_loss": '
-    + _VALUE
-    + rb', "mtp_md5": '
-    + _MD5
-    + rb'|"grad_norm": '
-    + _VALUE
-    + rb")\}\n",
-    re.MULTILINE,
+_ENTRY = re.compile(
+    rb'\{"step": ([1-9]\d{0,8}), "microbatch": (\d{1,4}), "rank": (\d{1,4}), "main_loss": %b, "main_md5": %b'
+    rb'(?:, "mtp_loss": %b, "mtp_md5": %b)?\}\r?' % (_VALUE, _MD5, _VALUE, _MD5)
 )
+_NORM = re.compile(rb'\{"step": ([1-9]\d{0,8}), "grad_norm": %b\}\r?' % _VALUE)
+_FIELDS = {_ENTRY: (INTEGER, INTEGER, INTEGER, VALUE, MD5, VALUE, MD5), _NORM: (INTEGER, VALUE)}
 _HEX = re.compile(r"[0-9a-f]{32}")
 
 
@@ -45,8 +32,39 @@ def read_json_lines(raw: RawLog, block: bytes, first_line: int, last: bool) -> N
 
     Lines that say nothing we know become issues. ``last`` says that the block ends the file.
     """
-    if _read_plain(raw, block, first_line):
-        return
+    try:
+        _read_alike(raw, list(tables(block, _learn)), first_line)
+    except Unlike:
+        _read_singly(raw, block, first_line, last)
+
+
+def _learn(line: bytes) -> Shape | None:
+    for pattern, fields in _FIELDS.items():
+        if found := pattern.fullmatch(line):
+            return Shape(line, found, fields, pattern)
+    return None
+
+
+def _read_alike(raw: RawLog, alike: list[Table], first_line: int) -> None:
+    """Add lines as our writer prints them. Nothing is added unless all of them can be."""
+    main, mtp, norms = [], [], []
+    for table in alike:
+        lines, steps = table.at + first_line, table.integers(1)
+        if not steps.all():
+            raise Unlike
+        if table.shape.format is _NORM:
+            norms.append(Rows(lines, steps << 32, table.values(2), np.zeros((len(lines), 2), np.uint64)))
+            continue
+        keys = steps << 32 | table.integers(2) << 16 | table.integers(3)
+        main.append(Rows(lines, keys, table.values(4), table.md5s(5)))
+        if table.has(6):
+            mtp.append(Rows(lines, keys, table.values(6), table.md5s(7)))
+    for builder, parts in ((raw.main, main), (raw.mtp, mtp), (raw.grad_norms, norms)):
+        if parts:
+            builder.extend(in_order(parts))
+
+
+def _read_singly(raw: RawLog, block: bytes, first_line: int, last: bool) -> None:
     lines = block.split(b"\n")
     for offset, line in enumerate(lines):
         if not line.strip():
@@ -59,47 +77,6 @@ def read_json_lines(raw: RawLog, block: bytes, first_line: int, last: bool) -> N
             )  # split leaves a last item only where the newline is missing
             what = "the last line is truncated" if cut else f"malformed line: {error}"
             raw.issues.add(what, line=first_line + offset)
-
-
-def _read_plain(raw: RawLog, block: bytes, first_line: int) -> bool:
-    """Read the block if every line of it is plain; otherwise leave ``raw`` untouched and return False."""
-    rows = _PLAIN.findall(block)
-    if not rows or len(rows) != block.count(b"\n") or not block.endswith(b"\n"):
-        return False
-    steps, is_entry, ranks, main, main_md5s, mtp, mtp_md5s, norms = zip(*rows, strict=True)
-    lines = range(first_line, first_line + len(rows))
-    try:
-        main, mtp, norms = _floats(main), _floats(mtp), _floats(norms)
-    except ValueError:
-        return False
-    if main:
-        steps_here, microbatches = _int64(compress(steps, is_entry)), _int64(filter(None, is_entry))
-        keys = steps_here << 32 | microbatches << 16 | _int64(filter(None, ranks))
-        lines_here = array("I", compress(lines, is_entry))
-        raw.main.extend(keys, main, _raw(main_md5s), lines_here)
-        raw.mtp.extend(keys, mtp, _raw(mtp_md5s), lines_here)
-    if norms:
-        is_norm = [not entry for entry in is_entry]
-        raw.grad_norms.extend(
-            _int64(compress(steps, is_norm)) << 32,
-            norms,
-            bytes(16 * len(norms)),
-            array("I", compress(lines, is_norm)),
-        )
-    return True
-
-
-def _int64(texts: Iterable[bytes]) -> np.ndarray:
-    return np.fromiter(map(int, texts), np.int64)
-
-
-def _floats(texts: tuple[bytes, ...]) -> array:
-    """The numbers of the texts that are not empty."""
-    return array("d", map(float, filter(None, texts)))
-
-
-def _raw(md5s: tuple[bytes, ...]) -> bytes:
-    return bytes.fromhex(b"".join(md5s).decode("ascii"))
 
 
 def _read_line(raw: RawLog, said: Any, line: int) -> None:

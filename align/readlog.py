@@ -45,6 +45,8 @@ def read_log(path: str | Path, name: str | None = None) -> RawLog:
         raise UserError(f"there is no log {path}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    for builder in (raw.main, raw.mtp, raw.grad_norms):
+        builder.settle()
     return raw
 
 

@@ -14,14 +14,17 @@ marker of a format but not the rest of it is an issue; lines without a marker ar
 from __future__ import annotations
 
 import re
-from array import array
 from binascii import unhexlify
+from collections import defaultdict
+from collections.abc import Iterable
 from itertools import compress
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
 
-from align.losslog import MICROBATCHES, RANKS, STEPS
+from align.alike import INTEGER, MD5, TEXT, VALUE, Shape, Table, Unlike, tables
+from align.losslog import MICROBATCHES, RANKS, STEPS, Rows, in_order
 from align.rawlog import RawLog, Stream
 
 _V = rb"([-+]?(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|[iI]nf(?:inity)?|[nN]a[nN]))"
@@ -59,19 +62,92 @@ _RANK = re.compile(rb"rank=(\d{1,9})(?=\s)")
 _STEP_RANK = re.compile(rb"\brank=(\d{1,9})\b|\[default(\d{1,9})\]|\[rank(\d{1,9})\]")
 
 
+class Format(NamedTuple):
+    """One kind of line: what it looks like, what gives it away, where it goes, what its groups are."""
+
+    pattern: re.Pattern
+    marker: re.Pattern
+    kind: str
+    fields: tuple[str, ...]
+
+
 _FORMATS = (
-    (_FINAL, re.compile(rb"final_loss:"), "final"),
-    (_TOKENS, re.compile(rb"per_token_loss:"), "tokens"),
-    (_MAIN_PATH, re.compile(rb"\[LOSS_PATH_MD5\]"), "main_path"),
-    (_MTP_PATH, re.compile(rb"\[MTP_LOSS_PATH_MD5\]"), "mtp_path"),
-    (_STEP, _STEP_MARKER, "step"),
+    Format(_FINAL, re.compile(rb"final_loss:"), "final", (INTEGER, VALUE, MD5)),
+    Format(_TOKENS, re.compile(rb"per_token_loss:"), "tokens", (INTEGER, TEXT, MD5)),
+    Format(_MAIN_PATH, re.compile(rb"\[LOSS_PATH_MD5\]"), "main_path", (INTEGER, VALUE, MD5, VALUE, MD5)),
+    Format(_MTP_PATH, re.compile(rb"\[MTP_LOSS_PATH_MD5\]"), "mtp_path", (INTEGER, VALUE, MD5)),
+    Format(_STEP, _STEP_MARKER, "step", (INTEGER, INTEGER, VALUE, MD5, VALUE, MD5)),
 )
 
 
 def read_text_lines(raw: RawLog, block: bytes, first_line: int, last: bool) -> None:
     """Add a block of whole lines to ``raw``; ``first_line`` is the number of its first line."""
+    try:
+        _read_alike(raw, list(tables(block, _learn)), first_line)
+    except Unlike:
+        _read_found(raw, block, first_line)
+
+
+def _learn(line: bytes) -> Shape | None:
+    markers = [format for format in _FORMATS for _ in format.marker.finditer(line)]
+    found = markers[0].pattern.search(line) if len(markers) == 1 else None
+    return Shape(line, found, markers[0].fields, markers[0]) if found else None
+
+
+def _read_alike(raw: RawLog, alike: list[Table], first_line: int) -> None:
+    """Add the lines of tables. Nothing is added unless all of them can be."""
+    parts = defaultdict(list)
+    for table in alike:
+        lines, format = table.at + first_line, table.shape.format
+        if format.kind == "step":
+            keys = _step_keys(table)
+            parts["main"].append(Rows(lines, keys, table.values(3), table.md5s(4)))
+            if table.has(5):
+                parts["mtp"].append(Rows(lines, keys, table.values(5), table.md5s(6)))
+            continue
+        ranks = table.integers(1)
+        if (ranks >= RANKS).any():
+            raise Unlike
+        columns = {
+            group: table.values(group) if kind == VALUE else table.md5s(group)
+            for group, kind in enumerate(format.fields, 1)
+            if kind in (VALUE, MD5)
+        }
+        *values, md5s = columns.values()
+        codes = np.full(len(lines), _shape_code(table.text(2))) if format.kind == "tokens" else values[-1]
+        parts[format.kind].append(Rows(lines, ranks, codes, md5s))
+    for kind, found in parts.items():
+        if kind in ("main", "mtp"):
+            getattr(raw, kind).extend(in_order(found))
+        else:
+            _extend_streams(getattr(raw, kind), in_order(found))
+
+
+def _step_keys(table: Table) -> np.ndarray:
+    steps, microbatches = table.integers(1), table.integers(2)
+    rank = _rank_of(table.shape.line)
+    if not (steps.all() and (steps < STEPS).all() and (microbatches < MICROBATCHES).all() and rank < RANKS):
+        raise Unlike
+    return steps << 32 | microbatches << 16 | rank
+
+
+def _rank_of(line: bytes) -> int:
+    """The rank that a ``step`` line names, 0 without one."""
+    rank = _STEP_RANK.search(line)
+    return int(rank[rank.lastindex]) if rank else 0
+
+
+def _extend_streams(streams: dict[int, Stream], rows: Rows) -> None:
+    """Add positional lines, whose keys are ranks."""
+    for rank in np.unique(rows.keys):
+        here = rows.keys == rank
+        streams[int(rank)].extend(Rows(*(column[here] for column in rows)))
+
+
+def _read_found(raw: RawLog, block: bytes, first_line: int) -> None:
+    """Lines of many kinds, other output between them: one search per format."""
     newlines = None
-    for pattern, marker, kind in _FORMATS:
+    for pattern, marker, kind, _ in _FORMATS:
         starts = [found.start() for found in marker.finditer(block)]
         if not starts:
             continue
@@ -128,22 +204,22 @@ def _add_positional(
     if not rows:
         return
     names, *_, texts, md5s = zip(*rows, strict=True)
-    values = _shape_codes(texts) if pattern is _TOKENS else array("d", map(float, texts))
-    raw_md5s = unhexlify(b"".join(md5s))
-    ranks = {name: int(name) for name in set(names)}
-    if len(ranks) == 1 and ranks[names[0]] < RANKS:
-        streams[ranks[names[0]]].extend(values, raw_md5s, lines)
-        return
-    for index, name in enumerate(names):
-        if ranks[name] >= RANKS:
-            raw.issues.add(f"rank {ranks[name]} is out of range", line=lines[index])
-        else:
-            streams[ranks[name]].append(values[index], raw_md5s[16 * index : 16 * index + 16], lines[index])
+    ranks = np.fromiter(map(int, names), np.int64)
+    read = _shape_code if pattern is _TOKENS else float
+    said = Rows(np.array(lines), ranks, np.fromiter(map(read, texts), np.float64), _md5s(md5s))
+    legal = ranks < RANKS
+    for index in np.flatnonzero(~legal):
+        raw.issues.add(f"rank {ranks[index]} is out of range", line=lines[index])
+    _extend_streams(streams, said if legal.all() else Rows(*(column[legal] for column in said)))
 
 
-def _shape_codes(shapes: tuple[bytes, ...]) -> array:
-    """A number per shape, equal for equal shapes."""
-    return array("d", (crc32(shape.replace(b" ", b"")) for shape in shapes))
+def _shape_code(shape: bytes) -> float:
+    """Equal for equal shapes."""
+    return float(crc32(shape.replace(b" ", b"")))
+
+
+def _md5s(digits: Iterable[bytes]) -> np.ndarray:
+    return np.frombuffer(unhexlify(b"".join(digits)), np.uint64).reshape(-1, 2)
 
 
 def _add_steps(
@@ -164,8 +240,7 @@ def _add_steps(
     ranks = np.zeros(len(rows), np.int64)
     if b"rank" in block or b"[default" in block:
         for index, line in enumerate(lines):
-            rank = _STEP_RANK.search(_line(block, newlines, line - first_line))
-            ranks[index] = int(rank[rank.lastindex]) if rank else 0
+            ranks[index] = _rank_of(_line(block, newlines, line - first_line))
     legal = (steps >= 1) & (steps < STEPS) & (microbatches < MICROBATCHES) & (ranks < RANKS)
     for index in np.flatnonzero(~legal):
         raw.issues.add(
@@ -175,9 +250,5 @@ def _add_steps(
     keys = steps << 32 | microbatches << 16 | ranks
     for builder, texts, md5s in ((raw.main, main, main_md5s), (raw.mtp, mtp, mtp_md5s)):
         here = np.fromiter(map(bool, texts), bool) & legal
-        builder.extend(
-            keys[here],
-            array("d", map(float, compress(texts, here))),
-            unhexlify(b"".join(compress(md5s, here))),
-            array("I", compress(lines, here)),
-        )
+        values = np.fromiter(map(float, compress(texts, here)), np.float64)
+        builder.extend(Rows(np.array(lines)[here], keys[here], values, _md5s(compress(md5s, here))))
