@@ -73,6 +73,13 @@ class RawLog:
         self.header: dict = {}
         self.final_weights_md5: str | None = None
 
+    def settle(self) -> None:
+        """The log is read: free what is no longer needed, or held twice."""
+        for builder in (self.main, self.mtp, self.grad_norms):
+            builder.settle()
+        if self.main.keys == self.mtp.keys:
+            self.mtp.keys = self.main.keys
+
     def head(self) -> RawLog:
         """The beginning of a log that only has ``final_loss:`` lines; enough to tell its order."""
         head = RawLog(self.name)

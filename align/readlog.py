@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from align.issues import Issues
 from align.losslog import LossLog
 from align.rawlog import AUTO, MAIN_FIRST, MTP_FIRST, RawLog
@@ -45,8 +47,7 @@ def read_log(path: str | Path, name: str | None = None) -> RawLog:
         raise UserError(f"there is no log {path}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    for builder in (raw.main, raw.mtp, raw.grad_norms):
-        builder.settle()
+    raw.settle()
     return raw
 
 
@@ -119,4 +120,4 @@ def _blocks(file, path: Path) -> Iterator[tuple[bytes, int, bool]]:
         block = rest + data[:end]
         rest = data[end:]
         yield block, line, False
-        line += block.count(b"\n")
+        line += int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")))  # faster than bytes.count

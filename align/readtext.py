@@ -108,14 +108,13 @@ def _read_alike(raw: RawLog, alike: list[Table], first_line: int) -> None:
         ranks = table.integers(1)
         if (ranks >= RANKS).any():
             raise Unlike
-        columns = {
-            group: table.values(group) if kind == VALUE else table.md5s(group)
-            for group, kind in enumerate(format.fields, 1)
-            if kind in (VALUE, MD5)
-        }
-        *values, md5s = columns.values()
-        codes = np.full(len(lines), _shape_code(table.text(2))) if format.kind == "tokens" else values[-1]
-        parts[format.kind].append(Rows(lines, ranks, codes, md5s))
+        md5s = [table.md5s(group) for group, kind in enumerate(format.fields, 1) if kind == MD5]
+        last = len(format.fields) - 1  # the loss, before its MD5; the sum of losses before it does not matter
+        if format.fields[last - 1] == TEXT:
+            values = np.full(len(lines), _shape_code(table.text(last)))
+        else:
+            values = table.values(last)
+        parts[format.kind].append(Rows(lines, ranks, values, md5s[-1]))
     for kind, found in parts.items():
         if kind in ("main", "mtp"):
             getattr(raw, kind).extend(in_order(found))
