@@ -18,6 +18,7 @@ from align.issues import Issues
 from align.rawlog import AUTO, MAIN_FIRST, MAIN_ONLY, MTP_FIRST
 from align.readlog import read_pair
 from paddledsv4.errors import UserError
+from paddledsv4.host import return_freed_memory
 from paddledsv4.numerics.options import LayerOps, Ops
 from paddledsv4.numerics.rules import Overrides
 
@@ -137,6 +138,7 @@ def compare(
     duplicate or truncated line. 1: not so. 2: bad input.
     """
     with for_people():
+        return_freed_memory()
         reference, candidate = _log_path(ref), _log_path(cand)
         (one, found), (other, more) = read_pair(
             reference, candidate, microbatches, ref_order.value, cand_order.value

