@@ -128,6 +128,7 @@ def _header(bundle: Bundle, policy: Any, precision: str, steps: int) -> dict[str
 
     return {
         "bundle": bundle.name,
+        "bundle_path": str(bundle.path.resolve()),
         "steps": steps,
         "precision": precision,
         "numerics": policy.label,
