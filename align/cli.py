@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from align.commands.people import for_people
+from align.commands.report import EXAMPLES as REPORT_EXAMPLES
+from align.commands.report import report
 from align.compare import Comparison, compare_logs
 from align.issues import Issues
 from align.rawlog import AUTO, MAIN_FIRST, MAIN_ONLY, MTP_FIRST
@@ -47,19 +48,6 @@ class Order(str, Enum):
     main_first = MAIN_FIRST
     mtp_first = MTP_FIRST
     main_only = MAIN_ONLY
-
-
-@contextmanager
-def for_people() -> Iterator[None]:
-    """Mistakes of the user end in one line and exit 2, Ctrl-C likewise in exit 130; bugs keep their trace."""
-    try:
-        yield
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 @app.command(
@@ -187,6 +175,7 @@ def ulps(
             print(json.dumps(measurement, indent=1))
         else:
             Console().print(as_table(distances, f"{numerics} against {against}, {loaded.name} step 1, in ULPs"))
+app.command(epilog=REPORT_EXAMPLES)(report)
 
 
 @app.callback()

@@ -153,7 +153,7 @@ def matches(left: LossSeries, right: LossSeries) -> np.ndarray:
 
 
 def _compare(reference: LossSeries, candidate: LossSeries) -> SeriesComparison:
-    here, there = _common(reference.keys, candidate.keys)
+    here, there = common(reference.keys, candidate.keys)
     equal = 0
     worst: list[tuple[float, float]] = []
     matching = np.zeros(len(reference), bool)
@@ -183,7 +183,7 @@ def _compare(reference: LossSeries, candidate: LossSeries) -> SeriesComparison:
     )
 
 
-def _common(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def common(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the keys that two increasing arrays share."""
     if not len(left) or not len(right):
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -221,7 +221,7 @@ def _compare_tokens(
 ) -> None:
     """Unreduced losses: where the shapes agree, the MD5s must."""
     reference, candidate = reference.until(steps), candidate.until(steps)
-    here, there = _common(reference.keys, candidate.keys)
+    here, there = common(reference.keys, candidate.keys)
     left, right = reference.take(here), candidate.take(there)
     differ = np.flatnonzero((left.values == right.values) & (left.md5s != right.md5s).any(axis=1))
     if len(differ):
@@ -245,7 +245,7 @@ def _asides(reference: LossLog, candidate: LossLog, steps: int | None) -> list[s
     """Gradient norms and final weights: told, not judged, for trainers name and order them differently."""
     asides = []
     norms, others = reference.grad_norms.until(steps), candidate.grad_norms.until(steps)
-    here, there = _common(norms.keys, others.keys)
+    here, there = common(norms.keys, others.keys)
     if len(here):
         equal = int(np.count_nonzero(norms.values[here] == others.values[there]))
         asides.append(f"gradient norms: {equal} of {len(norms)} equal")

@@ -1,0 +1,1 @@
+"""Commands of align, one file each; align.cli registers them."""

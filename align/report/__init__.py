@@ -1,0 +1,1 @@
+"""``align report``: what a run says, on one page."""
