@@ -1,4 +1,4 @@
-"""The command line of align: ``align run``, ``align compare`` and ``align ulps``."""
+"""The command line of align. ``run`` and ``compare`` are here, the other commands in align/commands."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from align.commands.doctor import EXAMPLES as DOCTOR_EXAMPLES
+from align.commands.doctor import doctor
 from align.commands.people import for_people
 from align.commands.report import EXAMPLES as REPORT_EXAMPLES
 from align.commands.report import report
+from align.commands.ulps import EXAMPLES as ULPS_EXAMPLES
+from align.commands.ulps import ulps
 from align.compare import Comparison, compare_logs
 from align.issues import Issues
 from align.rawlog import AUTO, MAIN_FIRST, MAIN_ONLY, MTP_FIRST
@@ -138,44 +141,9 @@ def compare(
     _finish(comparison)
 
 
-@app.command(
-    epilog="Examples:  [bold]align ulps tiny-fp32[/]   [bold]align ulps tiny-fp32 --numerics paddle --against plain[/]"
-)
-def ulps(
-    bundle: Annotated[str, typer.Argument(help="A bundle's directory, or a shipped one's name: tiny-fp32.")],
-    numerics: Annotated[str, typer.Option(help="Preset that trains, and whose ops are measured.")] = "megatron",
-    against: Annotated[str, typer.Option(help="Preset to measure the distance from.")] = "torch",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    write: Annotated[
-        bool, typer.Option("--write", help="Replace the measurement that paddledsv4 ships, numerics/ulps.json.")
-    ] = False,
-) -> None:
-    """Measure how far two presets' ops are apart, in units in the last place, on the numbers of a real step.
-
-    One microbatch is trained with the first preset; every call of an op is replayed with both, forward and backward.
-    """
-    with for_people():
-        from align.bundle import load_bundle
-        from paddledsv4.host import prepare_host
-
-        loaded = load_bundle(bundle)
-        prepare_host(bitwise=True)
-        from align.ulps import as_table, measure, record_step, report, save
-        from paddledsv4.model import DTYPES
-        from paddledsv4.numerics.policy import Policy
-
-        ours, theirs = Policy.from_env(numerics), Policy.from_env(against)
-        if write and (numerics, against) != ("megatron", "torch"):
-            raise UserError("--write replaces the distance of megatron from torch: leave out --numerics and --against")
-        distances = measure(record_step(loaded, ours), ours, theirs, DTYPES[loaded.training.precision])
-        measurement = report(distances, loaded)
-        if write:
-            save(measurement)
-        if as_json:
-            print(json.dumps(measurement, indent=1))
-        else:
-            Console().print(as_table(distances, f"{numerics} against {against}, {loaded.name} step 1, in ULPs"))
+app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 app.command(epilog=REPORT_EXAMPLES)(report)
+app.command(epilog=ULPS_EXAMPLES)(ulps)
 
 
 @app.callback()

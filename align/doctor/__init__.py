@@ -1,0 +1,1 @@
+"""``align doctor``: can a bitwise match be expected on this machine?"""
