@@ -150,7 +150,7 @@ def _read_tokens(
         tokens = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; fetch the bundle again") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged header numpy's reader makes nearly anything, TokenError included
         raise UserError(f"{path} is truncated or no .npy file ({error}); fetch the bundle again") from None
     if not isinstance(tokens, np.ndarray) or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(
