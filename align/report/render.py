@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -55,8 +56,14 @@ def as_text(report: Report) -> str:
         for op, cells in strip.rows:
             lines.append(f"  {op:<{width}}" + " ".join(f"{cell.text if cell else '':>5}" for cell in cells))
     lines += ["", f"numerics {report.header.get('numerics')}, policy {report.header.get('policy_fingerprint')}"]
+    rest: dict[str, list[str]] = {}
     for row in switches(report):
-        lines.append(f"  {row['op']:<24} {row['variant']:<10} {_told(row['attribution'])}".rstrip())
+        if row["attribution"]:
+            lines.append(f"  {row['op']:<24} {row['variant']:<10} {_told(row['attribution'])}".rstrip())
+        else:
+            rest.setdefault(row["variant"], []).append(row["op"])
+    for variant, ops in rest.items():
+        lines += wrap(f"{variant}: {', '.join(ops)}", 110, initial_indent="  ", subsequent_indent="    ")
     lines += ["", "environment (run / reference)"]
     for setting in report.settings:
         reference = "" if setting.reference is None else f" / {setting.reference}"
@@ -118,9 +125,7 @@ def figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _told(known: Attribution | None) -> str:
-    if known is None:
-        return ""
+def _told(known: Attribution) -> str:
     difference, seconds = figure(known.max_loss_difference), figure(known.seconds_per_step)
     first = "none" if known.first_differing_step is None else known.first_differing_step
     return f"first differing step {first}, max loss difference {difference}, {seconds} s/step"
