@@ -21,10 +21,10 @@ if __package__ in (None, ""):  # run as a file
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from align.losslog import loss_md5, loss_text
+from benchmarks.tell import run, tell
 
 LINES, MICROBATCHES = 1_000_000, 2
 EXAMPLES = """Examples:
@@ -115,13 +115,8 @@ def main(
         row = {"format": name, "log_mb": megabytes, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak}
         figures.append(row | {"lines": lines})
         table.add_row(name, f"{megabytes:.0f}", f"{seconds:.2f}", f"{cpu:.2f}", f"{peak:.0f}")
-    Console().print(table)
-    if out:
-        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    tell(table, figures, out)
 
 
 if __name__ == "__main__":
-    main.__doc__ = __doc__
-    app = typer.Typer(add_completion=False)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run(main, __doc__, EXAMPLES)

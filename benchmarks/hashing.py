@@ -6,7 +6,6 @@ The two take turns on each tensor, and the fastest of each counts: whatever else
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +17,10 @@ if __package__ in (None, ""):  # run as a file
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from align.hashing import tensor_md5
+from benchmarks.tell import run, tell
 
 EXAMPLES = """Examples:
 
@@ -63,13 +62,8 @@ def main(
         figures.append({"bytes": size, "seconds": ours, "hashlib_seconds": theirs, "ratio": ours / theirs})
         row = (size / ours / 1e6, size / theirs / 1e6)
         table.add_row(f"{size:,}", *(f"{speed:,.1f}" for speed in row), f"{ours / theirs:.3f}")
-    Console().print(table)
-    if out:
-        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    tell(table, figures, out)
 
 
 if __name__ == "__main__":
-    main.__doc__ = __doc__
-    app = typer.Typer(add_completion=False)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run(main, __doc__, EXAMPLES)
