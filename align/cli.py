@@ -12,6 +12,8 @@ import typer
 
 from align.commands.doctor import EXAMPLES as DOCTOR_EXAMPLES
 from align.commands.doctor import doctor
+from align.commands.locate import EXAMPLES as LOCATE_EXAMPLES
+from align.commands.locate import locate
 from align.commands.people import for_people
 from align.commands.report import EXAMPLES as REPORT_EXAMPLES
 from align.commands.report import report
@@ -142,6 +144,7 @@ def compare(
 
 
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
+app.command(epilog=LOCATE_EXAMPLES)(locate)
 app.command(epilog=REPORT_EXAMPLES)(report)
 app.command(epilog=ULPS_EXAMPLES)(ulps)
 

@@ -1,0 +1,130 @@
+"""align locate: planted bugs are named, clean runs raise no alarm. The whole suite is slow; its table is in docs."""
+
+import json
+
+import numpy as np
+import paddle
+import pytest
+from locating import search
+from plants import BUGS
+from typer.testing import CliRunner
+
+from align.cli import app
+from align.locate.distance import Error, Noise, describe, same_bits
+from align.locate.show import as_dict, verdict
+
+pytest.importorskip("torch", reason="the reference is the torch preset")
+
+BY_NAME = {bug.name: bug for bug in BUGS}
+QUICK = [
+    "attention scale +0.1 %", "RMSNorm eps 1e-5", "router logits cast early", "MTP roll off by one", "wrong beta2",
+    "query cut off from the graph", "weight gradient +0.1 %", "sink gradient missing", "last bit of the norm",
+    "causal mask of the indexer missing",
+]  # fmt: skip
+
+
+def find(bug, precision):
+    search(precision, bug.preset)  # the reference must be recorded before the bug is there
+    with bug.plant():
+        return search(precision, bug.preset)
+
+
+def test_a_clean_run_raises_no_alarm():
+    found = search("fp32", "paddle")
+    assert found.first is None and "no fault" in verdict(found)
+    assert {"result", "gradient"} <= {event.what for event in found.events}
+    assert any(event.error and 0 < event.error.equal < 1 for event in found.events), "the presets do round differently"
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_planted_bug_is_named(name):
+    found = find(BY_NAME[name], "fp32")
+    assert found.first is not None and found.first.op == BY_NAME[name].op, verdict(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("preset", ["paddle", "plain", "megatron", "torch"])
+def test_no_preset_raises_an_alarm(precision, preset):
+    assert search(precision, preset).first is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.95), ("bf16", 0.85)])
+def test_the_whole_suite(precision, share):
+    bugs = [bug for bug in BUGS if precision in bug.precisions]
+    firsts = {bug.name: find(bug, precision).first for bug in bugs}
+    missed = [bug.name for bug in bugs if firsts[bug.name] is None or firsts[bug.name].op != bug.op]
+    assert len(bugs) >= 30 and len(missed) <= (1 - share) * len(bugs), missed
+
+
+# ---- the judge alone
+
+
+def tensor(values, dtype="float32"):
+    return paddle.to_tensor(np.asarray(values, "float32")).astype(dtype)
+
+
+def test_nan_and_shapes_never_pass():
+    noise = Noise(rms=1.0, peak=1.0, scale=1.0)
+    for ours in (tensor([1.0, float("nan")]), tensor([1.0]), tensor([1.0, float("inf")]), None):
+        assert noise.excess(Error.of(ours, tensor([1.0, 2.0])), 2.0**-24) > 0.9
+    assert Error.of(tensor([1.0, float("nan")]), tensor([1.0, float("nan")])).equal == 1.0
+    assert np.isinf(noise.excess(Error.of(tensor([float("nan")]), tensor([1.0])), 0.0))
+
+
+def test_equal_bits():
+    assert same_bits(tensor([1.0]), tensor([1.0])) and not same_bits(tensor([0.0]), tensor([-0.0]))
+    assert not same_bits(tensor([1.0]), tensor([1.0], "float64")) and not same_bits(tensor([1.0]), 1.0)
+    assert same_bits([tensor([1.0]), 2], [tensor([1.0]), 2]) and not same_bits([1], [1, 1])
+
+
+def test_a_small_bias_shows_among_larger_roundings():
+    """In bfloat16 a scale of one thousandth hides in every single rounding, not in ten thousand of them."""
+    random = np.random.default_rng(0)
+    reference = random.standard_normal(10000)
+    noise = Noise()
+    noise.add(Error.of(tensor(reference * (1 + 2.0**-9 * random.uniform(-1, 1, 10000))), tensor(reference)))
+    rounded = tensor(reference * (1 + 2.0**-9 * random.uniform(-1, 1, 10000)))
+    biased = tensor(reference * (1.001 + 2.0**-9 * random.uniform(-1, 1, 10000)))
+    assert noise.excess(Error.of(rounded, tensor(reference)), 2.0**-9) < 2
+    assert noise.excess(Error.of(biased, tensor(reference)), 2.0**-9) > 8
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x, "identical"),
+        (lambda x: x * 1.01, "scale error of +1.0000%"),
+        (lambda x: x * (1 + 0.01 * np.arange(len(x))[:, None]), "row to row"),
+        (lambda x: tensor(x, "bfloat16").astype("float32").numpy(), "too early"),
+        (lambda x: -x[::-1], "wrong"),
+    ],
+)
+def test_verdicts(change, says):
+    reference = np.random.default_rng(3).standard_normal((8, 16))
+    ours = tensor(change(reference))
+    error = Error.of(ours, tensor(reference))
+    assert says in describe(ours, tensor(reference), error, 1e9)
+
+
+# ---- the command
+
+
+def test_the_command_names_the_op_and_writes_what_the_report_reads(tmp_path, monkeypatch):
+    from align.report.inputs import read_distances
+
+    found = search("fp32", "paddle")
+    monkeypatch.setattr("align.locate.run.locate", lambda *args: found)
+    monkeypatch.setattr("align.locate.trace_check.check_trace", lambda *args: None)
+    monkeypatch.setattr("align.locate.run.trainer_of", lambda bundle: lambda policy: None)
+    result = CliRunner().invoke(app, ["locate", "tiny-fp32", "--out", str(tmp_path), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout) == json.loads((tmp_path / "locate.json").read_text())
+    rows = read_distances(tmp_path)
+    assert {row.direction for row in rows} == {"forward", "backward", "optimizer"} and len(rows) > 50
+    found = find(BY_NAME["wrong beta2"], "fp32")
+    assert as_dict(found, None)["first"]["op"] == "adamw"
+    result = CliRunner().invoke(app, ["locate", "tiny-fp32"])
+    assert result.exit_code == 1 and "first fault: step 1, model: adamw" in result.stdout
+    result = CliRunner().invoke(app, ["locate", "nowhere"])
+    assert result.exit_code == 2 and result.stderr.startswith("error: ")
