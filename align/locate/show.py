@@ -14,6 +14,8 @@ from align.locate.run import Located
 from align.locate.trace_check import TraceCheck
 
 OTHERS = 5  # further faults to list
+PLACES = {"result": "result", "gradient": "gradient of input", "arrival": "gradient arriving at result"}
+OF_THE_OP = ("result", "gradient")
 LINES = 15  # ops to list, worst first
 
 
@@ -23,11 +25,9 @@ def verdict(found: Located) -> str:
     if first is None:
         equal = sum(e.verdict == "identical" for e in found.events)
         return f"no fault: {equal} of {len(found.events)} comparisons identical, the others within the noise"
-    place = {"argument": "argument", "arrival": "gradient arriving at result", "calls": "sequence of calls"}
-    what = "" if first.what == "calls" else f" {first.index}"
-    kind = place.get(first.what, "result" if first.what == "result" else "gradient of input")
-    blame = "the op" if first.what in ("result", "gradient") else "the code around the op"
-    return f"first fault: step {first.step}, {first.where}, {kind}{what}: {first.verdict} ({blame})"
+    blame = "the op" if first.what in OF_THE_OP else "the code around the op"
+    place = f", {PLACES[first.what]} {first.index}" if first.what in PLACES else ""
+    return f"first fault: step {first.step}, {first.where}{place}: {first.verdict} ({blame})"
 
 
 def trace_line(check: TraceCheck | None, preset: str) -> str:
