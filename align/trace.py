@@ -1,7 +1,8 @@
 """Record the tensors of one pass under the names of a reference trace, from outside the model.
 
 Two kinds of taps: results (or arguments) of a layer, through Paddle's forward hooks; and of an op that a layer
-calls, by wrapping it in that layer's table of ops. paddledsv4/weights/names.py has the table of taps. The model computes the same bits with a tracer attached.
+calls, by wrapping it in that layer's table of ops (paddledsv4/weights/names.py says which). The model computes the
+same bits with a tracer attached.
 """
 
 from __future__ import annotations
