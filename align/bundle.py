@@ -108,7 +108,9 @@ def load_bundle(bundle: str | Path) -> Bundle:
         UserError: something is missing or malformed; the message names the file and what to do.
     """
     path = find_bundle(bundle)
-    described = _read_description(path / "bundle.json")
+    described = read_description(path / "bundle.json")
+    if "rank" in described:
+        raise UserError(f"{path} is what one rank of a job wrote; first put all ranks together with align merge")
     where = f"{path / 'bundle.json'}: "
     model = ModelConfig.from_dict(described["model"], where=where + "model")
     training = TrainConfig.from_dict(described["training"], where=str(path / "bundle.json"))
@@ -122,7 +124,12 @@ def load_bundle(bundle: str | Path) -> Bundle:
     return Bundle(path, name, model, training, parallel, described.get("source", {}), tokens)
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """bundle.json, with the sections that every bundle has.
+
+    Raises:
+        UserError: it is missing, malformed or of another format.
+    """
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

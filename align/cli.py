@@ -10,15 +10,8 @@ from typing import Annotated
 
 import typer
 
-from align.commands.doctor import EXAMPLES as DOCTOR_EXAMPLES
-from align.commands.doctor import doctor
-from align.commands.locate import EXAMPLES as LOCATE_EXAMPLES
-from align.commands.locate import locate
+from align.commands import capture, doctor, locate, merge, report, ulps
 from align.commands.people import for_people
-from align.commands.report import EXAMPLES as REPORT_EXAMPLES
-from align.commands.report import report
-from align.commands.ulps import EXAMPLES as ULPS_EXAMPLES
-from align.commands.ulps import ulps
 from align.compare import Comparison, compare_logs
 from align.issues import Issues
 from align.rawlog import AUTO, MAIN_FIRST, MAIN_ONLY, MTP_FIRST
@@ -143,10 +136,11 @@ def compare(
     _finish(comparison)
 
 
-app.command(epilog=DOCTOR_EXAMPLES)(doctor)
-app.command(epilog=LOCATE_EXAMPLES)(locate)
-app.command(epilog=REPORT_EXAMPLES)(report)
-app.command(epilog=ULPS_EXAMPLES)(ulps)
+for module, command in (
+    (capture, capture.capture), (doctor, doctor.doctor), (locate, locate.locate), (merge, merge.merge),
+    (report, report.report), (ulps, ulps.ulps),
+):
+    app.command(epilog=module.EXAMPLES)(command)
 
 
 @app.callback()

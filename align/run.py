@@ -45,7 +45,7 @@ def run_bundle(request: RunRequest) -> tuple[Comparison, Path]:
         UserError: the bundle is malformed, or asks for what is not supported. Nothing is written then.
     """
     bundle = load_bundle(request.bundle)
-    precision = _check_supported(bundle, request)
+    precision = check_supported(bundle, request.steps, request.precision)
     steps = request.steps or bundle.training.steps
     reference, state = bundle.losses(), bundle.init()
     # Kernels pick their summation order by instruction set and thread count. Both are pinned before the next
@@ -61,7 +61,7 @@ def run_bundle(request: RunRequest) -> tuple[Comparison, Path]:
     )
     directory = request.out or Path("runs") / f"{bundle.name}-{policy.label}-{precision}"
     path = directory / "losses.jsonl"
-    with LossLogWriter(path, _header(bundle, policy, precision, steps)) as writer:
+    with LossLogWriter(path, header(bundle, policy, precision, steps)) as writer:
         _train(trainer, steps, writer, reference)
         writer.final_weights(trainer.weights_md5())
     candidate, issues = read_log(path).resolve()
@@ -70,18 +70,20 @@ def run_bundle(request: RunRequest) -> tuple[Comparison, Path]:
     return comparison, path
 
 
-def _check_supported(bundle: Bundle, request: RunRequest) -> str:
-    """The precision to run in."""
+def check_supported(bundle: Bundle, steps: int | None, precision: str | None = None) -> str:
+    """The precision to run in; None is the bundle's own.
+
+    Raises:
+        UserError: the bundle was recorded on several ranks, or has not so many steps; or an unknown precision.
+    """
     if bundle.parallel.world_size > 1:
         raise UserError(
             f"bundle {bundle.name} was recorded on {bundle.parallel.world_size} ranks; "
             "align run trains on one card so far, choose a bundle with world_size 1"
         )
-    if request.steps is not None and not 1 <= request.steps <= bundle.training.steps:
-        raise UserError(
-            f"--steps {request.steps}: bundle {bundle.name} records steps 1 to {bundle.training.steps}"
-        )
-    precision = request.precision or bundle.training.precision
+    if steps is not None and not 1 <= steps <= bundle.training.steps:
+        raise UserError(f"--steps {steps}: bundle {bundle.name} records steps 1 to {bundle.training.steps}")
+    precision = precision or bundle.training.precision
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
     return precision
@@ -122,7 +124,7 @@ class Tally:
             self.matched += int(matches(series.take(slice(index, index + 1)), mine)[0])
 
 
-def _header(bundle: Bundle, policy: Any, precision: str, steps: int) -> dict[str, Any]:
+def header(bundle: Bundle, policy: Any, precision: str, steps: int) -> dict[str, Any]:
     """What the first line of the log says about the run."""
     import paddle
 

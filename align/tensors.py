@@ -23,8 +23,10 @@ DTYPES = {
 }
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: Path, widen: bool = True) -> dict[str, np.ndarray]:
     """Name -> array, writable. bf16 is widened to float32, which is exact; other dtypes stay as they are.
+
+    Without ``widen``, bf16 comes as the uint16 of its bits.
 
     Raises:
         UserError: the file is missing, truncated, no safetensors file, or has a dtype that numpy lacks.
@@ -39,13 +41,13 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path} is truncated or no safetensors file ({error}); fetch the bundle again"
         ) from None
-    return {name: _array(path, name, entry) for name, entry in entries}
+    return {name: _array(path, name, entry, widen) for name, entry in entries}
 
 
-def _array(path: Path, name: str, entry: dict) -> np.ndarray:
+def _array(path: Path, name: str, entry: dict, widen: bool) -> np.ndarray:
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']}; align reads {', '.join(DTYPES)}")
     array = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    if entry["dtype"] == "BF16":  # a bf16 number is the upper half of the float32 with the same value
+    if entry["dtype"] == "BF16" and widen:  # a bf16 number is the upper half of the float32 with the same value
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array

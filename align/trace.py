@@ -101,10 +101,9 @@ class Tracer:
         self._calls[name] += 1
         if self._calls[name] > 1:
             name = f"{name}#{self._calls[name]}"
-        self.forward[name] = tensor.detach().numpy().copy()
+        self.forward[name] = tensor.detach().numpy()
         if not tensor.stop_gradient and paddle.is_grad_enabled():
+            tensor.register_hook(lambda gradient: self._keep(name, gradient))
 
-            def keep(gradient):
-                self.gradients[name] = gradient.numpy().copy()
-
-            tensor.register_hook(keep)
+    def _keep(self, name: str, gradient: Tensor) -> None:
+        self.gradients[name] = gradient.numpy()

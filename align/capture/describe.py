@@ -61,6 +61,7 @@ def model_section(config: Any, vocab_size: int, hc_eps: float) -> dict[str, Any]
 
     Args:
         config: Megatron's MLATransformerConfig.
+        vocab_size: as the model has it, padding included, for the softmax runs over all of it.
         hc_eps: epsilon of the hyper-connections, which some versions keep as a constant of the module.
 
     Raises:
@@ -69,7 +70,7 @@ def model_section(config: Any, vocab_size: int, hc_eps: float) -> dict[str, Any]
     shared = (getattr(config, "moe_shared_expert_intermediate_size", None) or 0) // config.moe_ffn_hidden_size
     return {
         "model_type": "deepseek_v4",
-        "vocab_size": getattr(config, "actual_vocab_size", None) or vocab_size,
+        "vocab_size": vocab_size,
         "num_nextn_predict_layers": getattr(config, "mtp_num_layers", None) or 0,
         "num_key_value_heads": 1,
         "compress_ratios": list(config.csa_compress_ratios),

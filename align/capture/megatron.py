@@ -106,7 +106,7 @@ class Capture:
         self._gradients: dict[str, np.ndarray] = {}
         self._depth = 0
         self._undo: list[Callable[[], None]] = []
-        if out.exists() and (not out.is_dir() or any(out.glob("*.json"))):
+        if out.exists() and (not out.is_dir() or any((*out.glob("bundle.json"), *out.glob("rank*/bundle.json")))):
             raise UserError(f"{out} is there already: choose another folder for capture, or remove it")
         classes = [find(place) for place in (MODEL, OPTIMIZER)]
         self._wrap(classes[0], "forward", self._forward)
