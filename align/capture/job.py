@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from align.capture.describe import model_section, parallel_sections, training_section
+from align.capture.kernels import kernel_fingerprint
 from align.capture.selection import Selection
 from align.capture.store import Folder, trace_folder
 from align.logwriter import LossLogWriter
@@ -143,7 +144,7 @@ class JobRecord:
 
     def _source(self, torch: ModuleType) -> dict[str, Any]:
         core = sys.modules.get("megatron.core")
-        source = {
+        return {
             "trainer": f"NVIDIA Megatron-LM, megatron.core {getattr(core, '__version__', 'of unknown version')}",
             "torch": torch.__version__,
             "environment": {name: os.environ[name] for name in BITWISE_ENVIRONMENT if name in os.environ},
@@ -156,12 +157,7 @@ class JobRecord:
                 "capture_seconds": [round(s, 4) for s in self.seconds],
                 "learning_rates": self.rates,
             },
-        }
-        try:
-            from align.fingerprint import record
-        except ImportError:
-            return source
-        return source | {"kernel_fingerprint": record(torch)}
+        } | kernel_fingerprint(torch)
 
 
 def _updated(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from align.bundle import Bundle, load_bundle
+from align.capture.kernels import kernel_fingerprint
 from align.capture.selection import Selection
 from align.capture.store import Folder
 from align.logwriter import LossLogWriter
@@ -107,17 +108,9 @@ def _description(
     }
     torch = sys.modules.get("torch")  # there when a policy computes with its kernels
     if torch is not None:
-        source |= {"torch": torch.__version__} | _kernels(torch)
+        source["torch"] = torch.__version__
     training = described["training"] | {"steps": len(seconds)}
-    return described | {"name": request.out.name, "source": source, "training": training}
-
-
-def _kernels(torch: Any) -> dict[str, Any]:
-    try:
-        from align.fingerprint import record
-    except ImportError:
-        return {}
-    return {"kernel_fingerprint": record(torch)}
+    return described | {"name": request.out.name, "source": source | kernel_fingerprint(torch), "training": training}
 
 
 def _cost(selection: Selection, seconds: list[tuple[float, float]]) -> str:

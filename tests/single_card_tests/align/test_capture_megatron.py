@@ -157,3 +157,13 @@ def test_bfloat16_is_its_bits():
     assert to_numpy(torch.tensor([1.0, -2.0], dtype=torch.bfloat16)).tolist() == [0x3F80, 0xC000]
     turned = torch.arange(6.0).reshape(2, 3).t()
     assert to_numpy(turned).flags.c_contiguous and to_numpy(turned).tolist() == turned.tolist()
+
+
+def test_the_kernels_are_recorded_where_align_can(megatron, tmp_path, monkeypatch):
+    able = SimpleNamespace(record=lambda module: {"torch": module.__version__})
+    for name, module in (("with", able), ("without", None)):
+        monkeypatch.setitem(sys.modules, "align.fingerprint", module)
+        capture(tmp_path / name, steps=1, what=("forward",))
+        train(megatron, steps=1)
+    assert load_bundle(tmp_path / "with").source["kernel_fingerprint"] == {"torch": torch.__version__}
+    assert "kernel_fingerprint" not in load_bundle(tmp_path / "without").source
