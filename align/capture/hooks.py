@@ -31,8 +31,13 @@ _AFFINITY = {
 def rows_of(model: Any, config: Any) -> list[Traced]:
     """The rows of the table of traces that a model on Megatron's side has."""
     modules = dict(model.named_modules())
-    rows = traced(config.num_layers, getattr(config, "mtp_num_layers", None) or 0)
-    return [row for row in rows if row.megatron and row.megatron.layer in modules]
+
+    def there(row: Traced) -> bool:
+        attention, indexer, _ = row.name.partition(".indexer.")
+        has_indexer = not indexer or f"{attention}.core_attention.indexer" in modules
+        return row.megatron is not None and row.megatron.layer in modules and has_indexer
+
+    return list(filter(there, traced(config.num_layers, getattr(config, "mtp_num_layers", None) or 0)))
 
 
 def argument(function: Callable, args: tuple, kwargs: dict, position: int) -> Any:
@@ -180,6 +185,11 @@ class Pass:
                 self.choices.margin[name] = margins(self.to_numpy(scores), named["topk"])
 
         return pick
+
+    def not_seen(self) -> list[str]:
+        """Wanted names that nothing passed under: another version's code, or a fused kernel, took their place."""
+        rows = rows_of(self.model, self.model.config)
+        return [row.name for row in rows if self.selection.wants(row.name) and row.name not in self.forward]
 
     def record(self, name: str, tensor: Any) -> None:
         """Keep a copy, and the gradient when it comes."""

@@ -54,6 +54,7 @@ class JobRecord:
         self.norms: list[float] = []
         self.rates: list[float] = []
         self.seconds: list[float] = []
+        self.notes: dict[str, None] = {}  # each once, in order
         self._traces: dict[int, Any] = {}
 
     def wants_trace(self) -> bool:
@@ -92,6 +93,9 @@ class JobRecord:
 
     def _write_trace(self, where: str, index: int, trace: Any, norm: float) -> None:
         microbatch, what = self.microbatches[index], self.selection.what
+        absent = trace.not_seen()
+        if absent:
+            self.notes[f"{len(absent)} names of the trace were never seen, such as {', '.join(absent[:3])}"] = None
         ends = {"per_token_loss": microbatch.per_token, "main_loss_mean": microbatch.main}
         if microbatch.mtp is not None:
             ends["mtp_loss_mean"] = microbatch.mtp
@@ -105,6 +109,12 @@ class JobRecord:
 
     def write(self, model: Any, torch: ModuleType, final: dict[str, np.ndarray], final_md5: str) -> Path:
         """Complete the bundle and give it its name; returns where it is."""
+        if len(set(self.rates)) > 1 and "schedule" not in self.training.get("optimizer", {}):
+            low, high = min(self.rates), max(self.rates)
+            self.notes[
+                f"the learning rate went from {low:g} to {high:g}, but bundle.json says constant: tell the schedule by "
+                'capture(..., training={"optimizer": {"schedule": ..., "lr": ...}})'
+            ] = None
         with self.folder as folder:
             folder.weights("init.safetensors", self.initial)
             rows = [m.tokens for step in self.steps_done for m in step]
@@ -156,6 +166,7 @@ class JobRecord:
                 "what": list(self.selection.what),
                 "capture_seconds": [round(s, 4) for s in self.seconds],
                 "learning_rates": self.rates,
+                "notes": list(self.notes),
             },
         } | kernel_fingerprint(torch)
 

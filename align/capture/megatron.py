@@ -150,6 +150,7 @@ class Capture:
                 self._watch_mtp_losses()
             self.record = JobRecord(self.out, self.selection, self.steps, self.training)
             self.record.initial = _tensors(model)
+            print(f"capture: recording {self.steps} steps of {type(model).__name__}", file=sys.stderr)
 
     def _watch_mtp_losses(self) -> None:
         helper = find(MTP_LOSSES)
@@ -193,7 +194,7 @@ class Capture:
         step, self._gradients = self.record.step, {}
         if step in self.selection.steps and "param_grads" in self.selection.what:
             with self.watch:
-                self._gradients = _main_gradients(self.model)
+                self._gradients = self._main_gradients(optimizer)
         rate = float(optimizer.param_groups[0]["lr"])
         self._depth += 1
         try:
@@ -206,6 +207,20 @@ class Capture:
         if self.record.step > self.steps:
             self.finish()
         return result
+
+    def _main_gradients(self, optimizer: Any) -> dict[str, np.ndarray]:
+        """What the optimizer is about to use: the summed gradient, in float32 where the job accumulates so."""
+        sharded = any(type(leaf).__name__ == "DistributedOptimizer" for leaf in _leaves(optimizer))
+        if sharded and self.record.parallel["data"] > 1:
+            self.record.notes["no parameter gradients: with a distributed optimizer each rank has but a shard"] = None
+            return {}
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            gradient = parameter.grad if gradient is None else gradient
+            if gradient is not None:
+                found[from_megatron(name)] = to_numpy(gradient)
+        return found
 
     def _after_step(self, optimizer: Any, rate: float, result: Any) -> None:
         step = self.record.step
@@ -238,6 +253,8 @@ class Capture:
         for name in sorted(final):
             digest.update(final[name].tobytes())
         path = self.record.write(self.model, torch, final, digest.hexdigest())
+        for note in self.record.notes:
+            print(f"capture: note: {note}", file=sys.stderr)
         print(f"capture: {self.record.step - 1} steps in {path}", file=sys.stderr)
 
 
@@ -251,17 +268,14 @@ def _tensors(model: Any) -> dict[str, np.ndarray]:
     return {from_megatron(name): to_numpy(t) for name, t in (dict(model.named_parameters()) | kept).items()}
 
 
-def _main_gradients(model: Any) -> dict[str, np.ndarray]:
-    """What the optimizer is about to use: the summed gradient, in float32 where the job accumulates so."""
-    gradients = {n: getattr(p, "main_grad", None) for n, p in model.named_parameters()}
-    gradients = {n: p.grad if gradients[n] is None else gradients[n] for n, p in model.named_parameters()}
-    return {from_megatron(name): to_numpy(g) for name, g in gradients.items() if g is not None}
+def _leaves(optimizer: Any) -> list[Any]:
+    """The optimizers that a chained one chains, or itself."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _optimizer_state(model: Any, optimizer: Any) -> dict[str, np.ndarray]:
     """m, v and master of every parameter for which this rank keeps a state of the parameter's own shape."""
-    leaves = getattr(optimizer, "chained_optimizers", [optimizer])
-    states = {id(p): s for leaf in leaves if leaf.optimizer for p, s in leaf.optimizer.state.items()}
+    states = {id(p): s for leaf in _leaves(optimizer) if leaf.optimizer for p, s in leaf.optimizer.state.items()}
     found: dict[str, np.ndarray] = {}
     for name, parameter in model.named_parameters():
         master = getattr(parameter, "main_param", None)

@@ -24,7 +24,7 @@ def megatron(monkeypatch):
     return fake_megatron.install(monkeypatch)
 
 
-def train(megatron, steps=3, microbatches=2, wrong_labels=False, mask=None):
+def train(megatron, steps=3, microbatches=2, wrong_labels=False, mask=None, decay=1.0):
     """A training script; returns (mean loss of every microbatch, gradient norm of every step, model)."""
     torch.manual_seed(0)
     model = megatron.GPTModel(fake_megatron.config())
@@ -41,6 +41,7 @@ def train(megatron, steps=3, microbatches=2, wrong_labels=False, mask=None):
             (per_token.mean() / microbatches).backward()
             losses.append((per_token.detach() * ones).reshape(-1).sum() / ones.sum().int())
         norms.append(optimizer.step()[1].item())
+        optimizer.param_groups[0]["lr"] *= decay
     return losses, norms, model
 
 
@@ -112,6 +113,32 @@ def test_a_job_that_ends_early_gives_what_it_did(megatron, tmp_path):
 def test_a_job_that_never_trains_writes_nothing(megatron, tmp_path, capsys):
     capture(tmp_path / "job").finish()
     assert "no training step" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_a_bundle_cannot_say_is_told(megatron, tmp_path, monkeypatch, capsys):
+    """A rate that changes, a sharded optimizer, and a tensor that passes nowhere; silence where there is none of it."""
+    seen = {"steps": 2, "names": ("embedding*", "logits")}
+    capture(tmp_path / "plain", **seen)
+    train(megatron, steps=2)
+    assert "note" not in capsys.readouterr().err
+    capture(tmp_path / "decayed", **seen)
+    train(megatron, steps=2, decay=0.5)
+    assert "went from 0.0005 to 0.001" in capsys.readouterr().err
+    capture(tmp_path / "said", **seen, training={"optimizer": {"schedule": "linear"}})
+    train(megatron, steps=2, decay=0.5)
+    assert "note" not in capsys.readouterr().err
+    assert load_bundle(tmp_path / "said").training.optimizer.schedule == "linear"
+    megatron.FP32Optimizer = type("DistributedOptimizer", (megatron.FP32Optimizer,), {})
+    monkeypatch.setattr("align.capture.job.parallel_sections", lambda *_: ({"world_size": 1, "data": 2}, {"data": 0}))
+    running = capture(tmp_path / "other", steps=2)
+    train(megatron, steps=1)
+    notes = list(running.record.notes)
+    assert "no parameter gradients" in notes[0]
+    assert "4 names of the trace were never seen" in notes[1] and "self_attention_hyper_connection.proj" in notes[1]
+    assert not list(running.record.folder.hidden.glob("trace/param_grads*"))
+    running.done = True
+    running.record.folder.discard()
+    [undo() for undo in reversed(running._undo)]
 
 
 def test_globs_and_kinds(megatron, tmp_path):
