@@ -6,7 +6,9 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
+
+from typing_extensions import Self
 
 from align.losslog import loss_md5, loss_text
 from paddledsv4.errors import UserError

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Protocol, Self
+from typing import Protocol
+
+from typing_extensions import Self
 
 EVERY = 10
 

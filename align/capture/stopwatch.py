@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Self
+
+from typing_extensions import Self
 
 
 class Stopwatch:

@@ -8,9 +8,10 @@ import shutil
 import struct
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from typing_extensions import Self
 
 from align.hashing import tensor_md5
 from paddledsv4.errors import UserError

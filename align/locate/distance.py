@@ -108,7 +108,8 @@ class Noise:
             self.flips = max(self.flips, 1.0 - error.equal)
 
     def excess(self, error: Error, epsilon: float) -> float:
-        """How many times the noise the error is; 0 for equal bits. ``epsilon``: half a unit of the result's dtype.
+        """How many times the noise the error is; 0 for equal bits. ``epsilon``: what one rounding inside the op may be,
+        below which no noise is taken to lie.
 
         Bias is held against what independent errors of this size would add up to, so a small but systematic error
         shows that the size alone would hide.
@@ -117,16 +118,16 @@ class Noise:
             return 0.0
         if not np.isfinite(error.rms):
             return np.inf if 1.0 - error.equal > self.flips else 0.0
-        rms = max(self.rms, epsilon / np.sqrt(error.size))
-        bias = max(self.scale, rms * 3.0 / np.sqrt(error.size))
+        rms = max(self.rms, epsilon)
+        bias = max(self.scale, rms * 3.0 / np.sqrt(error.size), epsilon)  # a kernel's own bias is of this order
         return float(max(error.rms / rms, error.peak / max(self.peak, epsilon), abs(error.scale) / bias))
 
 
-def half_unit(x: Any) -> float:
-    """Largest relative rounding error of the dtype of ``x``; 0 for integers."""
-    if not isinstance(x, Tensor):
+def rounding_inside(x: Any) -> float:
+    """Largest relative error of one rounding inside an op with result ``x``: bfloat16 is computed in float32."""
+    if not isinstance(x, Tensor) or x.dtype == paddle.float64:
         return 2.0**-53
-    return {paddle.float32: 2.0**-24, paddle.bfloat16: 2.0**-9, paddle.float64: 2.0**-53}.get(x.dtype, 0.0)
+    return 2.0**-24
 
 
 def describe(ours: Any, reference: Any, error: Error, excess: float) -> str:

@@ -17,7 +17,7 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from align.calls import as_tuple, tensors_in
-from align.locate.distance import MARGIN, Error, describe, half_unit, same_bits
+from align.locate.distance import MARGIN, Error, describe, rounding_inside, same_bits
 from align.locate.reference import Recorded, names_of
 
 
@@ -220,7 +220,7 @@ class ForcedRun:
             excess = float("inf")
             verdict = f"differs in {1 - error.equal:.2%} of its elements, relative error {error.rms:.1e}"
         else:
-            excess = noise.excess(error, half_unit(reference if reference is not None else ours))
+            excess = noise.excess(error, rounding_inside(reference if reference is not None else ours))
             verdict = describe(ours, reference, error, excess)
         self._event(recorded, what, index, verdict, excess > MARGIN, excess, error)
 

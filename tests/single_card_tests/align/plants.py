@@ -183,7 +183,8 @@ def _swap_probs(f, x, probs, routing_map):
 
 
 def _reversed_sum(f, rows, index, tokens):
-    return f(paddle.flip(rows, [0]), paddle.flip(index, [0]), tokens)
+    backwards = paddle.arange(index.shape[0] - 1, -1, -1)
+    return f(paddle.gather(rows, backwards), paddle.gather(index, backwards), tokens)
 
 
 def _in_two_halves(f, x, weight):
