@@ -8,6 +8,7 @@ import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.config import ModelConfig
+from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.transformer.block import TransformerBlock
 from paddledsv4.transformer.build import AuxiliaryLosses, Build, ForwardContext, parameter
@@ -52,10 +53,10 @@ def roll_left(x: Tensor) -> Tensor:
 class DeepseekV4Model(nn.Layer):
     """The whole model. Activations are sequence-first [s, b, ...], tokens and losses [b, s]."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, precision: str = "fp32"):
+    def __init__(self, config: ModelConfig, policy: Policy, precision: str = "fp32", groups: Groups = ALONE):
         super().__init__()
         self.config, self.policy = config, policy
-        build = Build(config, policy, DTYPES[precision])
+        build = Build(config, policy, DTYPES[precision], groups)
         self.ops = build.ops
         self.embedding = Embedding(build.at("embedding"))
         self.decoder = TransformerBlock(build.at("decoder"))

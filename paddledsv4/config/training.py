@@ -59,7 +59,10 @@ class TrainConfig(StrictConfig):
 
 
 class ParallelConfig(StrictConfig):
-    """Ranks per kind of parallelism; expert parallelism shares the ranks of data parallelism."""
+    """Ranks per kind of parallelism; expert parallelism shares the ranks of data parallelism.
+
+    ``timeout``: seconds that a rank waits for the others before it gives up.
+    """
 
     SECTION: ClassVar[str] = "parallel."
 
@@ -69,6 +72,7 @@ class ParallelConfig(StrictConfig):
     tensor: Count = 1
     context: Count = 1
     pipeline: Count = 1
+    timeout: Count = 45
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from paddle import Tensor, nn
 
+from paddledsv4.distributed.group import Group
+from paddledsv4.errors import UserError
 from paddledsv4.transformer.build import Build
 from paddledsv4.transformer.linear import Linear
 
@@ -23,23 +25,37 @@ class MLP(nn.Layer):
         return self.linear_fc2(self.ops.swiglu(self.linear_fc1(x), prob, limit=self.limit))
 
 
+def local_experts(experts: int, group: Group) -> range:
+    """The experts of this rank: the ranks of an expert group hold consecutive, equal shares.
+
+    Raises:
+        UserError: the experts cannot be shared out equally.
+    """
+    if experts % group.size:
+        raise UserError(f"parallel.expert = {group.size}: must divide n_routed_experts ({experts})")
+    share = experts // group.size
+    return range(group.rank * share, (group.rank + 1) * share)
+
+
 class Experts(nn.Layer):
-    """The routed experts, one after another on their own rows."""
+    """The routed experts of this rank, one after another on their own rows. Their names count over all ranks."""
 
     def __init__(self, build: Build):
         super().__init__()
         self.ops = build.ops
         config = build.config
-        self.local_experts = nn.LayerList(
-            MLP(build.at(f"local_experts.{e}"), config.moe_intermediate_size) for e in range(config.n_routed_experts)
-        )
+        local = local_experts(config.n_routed_experts, build.groups.expert)
+        # Experts of other ranks are drawn and dropped, so that the initial weights do not depend on the layout.
+        drawn = ((e, MLP(build.at(f"local_experts.{e}"), config.moe_intermediate_size))
+                 for e in range(config.n_routed_experts))
+        self.local_experts = nn.LayerDict({str(e): expert for e, expert in drawn if e in local})
 
     def forward(self, rows: Tensor, probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """rows [n, C] grouped by expert, probs [n], tokens_per_expert [E] -> [n, C].
+        """rows [n, C] grouped by expert, probs [n], tokens_per_expert [experts here] -> [n, C].
 
         An expert without tokens runs on no rows, so that its parameters stay in the graph.
         """
         counts = tokens_per_expert.tolist()
         rows, probs = self.ops.split_rows(rows, counts), self.ops.split_rows(probs, counts)
-        outputs = [expert(x, p) for expert, x, p in zip(self.local_experts, rows, probs, strict=True)]
+        outputs = [expert(x, p) for expert, x, p in zip(self.local_experts.values(), rows, probs, strict=True)]
         return self.ops.concat_rows(*outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paddle import Tensor, nn
 
+from paddledsv4.moe.dispatcher import dispatcher
 from paddledsv4.moe.experts import MLP, Experts
 from paddledsv4.moe.router import HashRouter, LearnedRouter
 from paddledsv4.transformer.build import Build, ForwardContext
@@ -18,6 +19,7 @@ class MoELayer(nn.Layer):
         config = build.config
         self.router = (HashRouter if hash_routing else LearnedRouter)(build.at("router"))
         self.experts = Experts(build.at("experts"))
+        self.dispatcher = dispatcher(build)
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(build.at("shared_experts"), shared) if shared else None
 
@@ -27,7 +29,7 @@ class MoELayer(nn.Layer):
         probs, routing_map = self.router(to_router, context)
         tokens = to_experts.reshape([-1, x.shape[-1]])
         rows, row_probs, token_index = self.ops.permute(tokens, probs, routing_map)
-        out = self.experts(rows, row_probs, routing_map.astype("int64").sum(0))
+        out = self.dispatcher(self.experts, rows, row_probs, routing_map.astype("int64").sum(0))
         routed = self.ops.unpermute(out, token_index, tokens.shape[0])
         routed = routed.reshape(x.shape)
         return routed if shared is None else self.ops.add(routed, shared)

@@ -8,7 +8,9 @@ import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.config import TrainConfig
+from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.ops.precision import widen
+from paddledsv4.training.gradients import MainGradients, Named, parts, total_norm
 
 
 @dataclass
@@ -28,22 +30,24 @@ class ParameterState:
 class Optimizer:
     """Order of the parameters: those with two or more dimensions (decayed), then the others (not decayed).
 
-    The global norm is taken in that order (spec section 13).
+    The global norm is taken in that order (spec section 13), of dense and expert parameters apart where experts are
+    spread over ranks.
     """
 
-    def __init__(self, model: nn.Layer, train: TrainConfig):
+    def __init__(self, model: nn.Layer, train: TrainConfig, groups: Groups = ALONE):
         self.ops = model.ops
         self.config, self.clip = train.optimizer, train.clip_grad_norm
         self.step_count = 0
-        named = list(model.named_parameters())
-        decayed = [(n, p, self.config.weight_decay) for n, p in named if p.ndim >= 2]
-        others = [(n, p, 0.0) for n, p in named if p.ndim < 2]
-        self.states = [
-            ParameterState(
-                name, p, decay, widen(p.detach()), *(paddle.zeros(p.shape, widen(p).dtype) for _ in range(3))
-            )
-            for name, p, decay in decayed + others
-        ]
+        pieces = parts(model, groups)
+        self.gradients = MainGradients(pieces, groups.replicas.size)
+        self.parts = [[self._state(*named) for named in _decayed_first(piece.named)] for piece in pieces]
+        self.shards = [piece.shards for piece in pieces]
+        self.states = [state for part in self.parts for state in part]
+
+    def _state(self, name: str, parameter: Tensor) -> ParameterState:
+        decay = self.config.weight_decay if parameter.ndim >= 2 else 0.0
+        moments = (paddle.zeros(parameter.shape, widen(parameter).dtype) for _ in range(2))
+        return ParameterState(name, parameter, decay, widen(parameter.detach()), self.gradients[name], *moments)
 
     def accumulate(self) -> None:
         """Add the gradients of one microbatch to the main gradients and drop them."""
@@ -54,8 +58,11 @@ class Optimizer:
 
     @paddle.no_grad()
     def step(self, learning_rate: float) -> float:
-        """Clip, update every parameter, zero the main gradients. Returns the norm before clipping."""
-        norm = self.ops.grad_norm([state.main_grad for state in self.states])
+        """Average over ranks, clip, update every parameter, zero the main gradients. Returns the norm before clipping.
+        """
+        self.gradients.average()
+        norms = [self.ops.grad_norm([state.main_grad for state in part]) for part in self.parts]
+        norm = total_norm(self.shards, norms, self.states[0].main_grad.dtype)
         coefficient = self.clip / (norm + 1e-6) if self.clip else 1.0
         self.step_count += 1
         beta1, beta2 = self.config.betas
@@ -69,3 +76,7 @@ class Optimizer:
             if state.master.dtype != state.parameter.dtype:
                 paddle.assign(state.master.astype(state.parameter.dtype), state.parameter)
         return norm
+
+
+def _decayed_first(named: Named) -> Named:
+    return sorted(named, key=lambda item: item[1].ndim < 2)  # stable: the model's order inside both

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,9 @@ import paddle
 from paddle import Tensor
 
 from paddledsv4.config import TrainConfig
+from paddledsv4.distributed.group import ALONE, Group, Groups
 from paddledsv4.model import DeepseekV4Model
+from paddledsv4.moe.router import LearnedRouter
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.transformer.build import AuxiliaryLosses
 
@@ -72,9 +74,12 @@ def train_step(
     step: int,
     microbatch: Callable[[int], tuple[np.ndarray, np.ndarray]],
     learning_rate: float,
-    rank: int = 0,
+    groups: Groups = ALONE,
 ) -> StepResult:
-    """Step number ``step`` (from 1). ``microbatch(i)`` gives inputs and labels [b, s] of microbatch i."""
+    """Step number ``step`` (from 1). ``microbatch(i)`` gives inputs and labels [b, s] of this rank's microbatch i.
+
+    The result speaks of all ranks: everyone's losses, and the tokens of the global batch.
+    """
     start = time.perf_counter()
     auxiliary, records, tokens = auxiliary_losses(train), [], 0
     for index in range(train.gradient_accumulation_steps):
@@ -82,9 +87,36 @@ def train_step(
         mask = paddle.ones(labels.shape, optimizer.states[0].main_grad.dtype)
         main, mtp = microbatch_gradients(model, auxiliary, inputs, labels, mask)
         optimizer.accumulate()
-        records.append(MicrobatchLoss(index, rank, float(main), None if mtp is None else float(mtp)))
+        records.append(MicrobatchLoss(index, groups.data.rank, float(main), None if mtp is None else float(mtp)))
         tokens += inputs.size
-    for router in model.learned_routers():
+    routers = model.learned_routers()
+    sum_token_counts(routers, groups.replicas)
+    for router in routers:
         router.update_expert_bias(train.expert_bias_update_rate)
     norm = optimizer.step(learning_rate)
-    return StepResult(step, records, norm, learning_rate, time.perf_counter() - start, int(tokens))
+    records = gather_losses(records, groups.data)
+    seconds = time.perf_counter() - start
+    return StepResult(step, records, norm, learning_rate, seconds, int(tokens) * groups.data.size)
+
+
+@paddle.no_grad()
+def sum_token_counts(routers: Sequence[LearnedRouter], group: Group) -> None:
+    """Tokens per expert of the whole global batch, in every learned router of every rank (spec 9.7)."""
+    if group.size == 1 or not routers:
+        return
+    counts = group.all_reduce_(paddle.stack([router.local_tokens_per_expert for router in routers]))
+    for router, total in zip(routers, counts, strict=True):
+        paddle.assign(total, router.local_tokens_per_expert)
+
+
+def gather_losses(records: list[MicrobatchLoss], group: Group) -> list[MicrobatchLoss]:
+    """The losses of all data ranks, by microbatch, then rank."""
+    if group.size == 1:
+        return records
+    mine = paddle.to_tensor([[r.main, 0.0 if r.mtp is None else r.mtp] for r in records], "float64")
+    everyone = group.all_gather(mine).reshape([group.size, len(records), 2]).tolist()
+    return [
+        MicrobatchLoss(record.microbatch, rank, everyone[rank][i][0], None if record.mtp is None else everyone[rank][i][1])
+        for i, record in enumerate(records)
+        for rank in range(group.size)
+    ]

@@ -9,6 +9,7 @@ import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.config import ModelConfig
+from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.ops.precision import accumulate_dtype
@@ -16,11 +17,12 @@ from paddledsv4.ops.precision import accumulate_dtype
 
 @dataclass(frozen=True)
 class Build:
-    """Config, numeric policy and parameter dtype, with the path of the layer being built."""
+    """Config, numeric policy, parameter dtype and groups of ranks, with the path of the layer being built."""
 
     config: ModelConfig
     policy: Policy
     dtype: str = "float32"
+    groups: Groups = ALONE
     path: str = ""
 
     def at(self, name: str) -> Build:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import paddle
@@ -21,6 +22,18 @@ def named_tensors(model: nn.Layer) -> dict[str, Tensor]:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def without_other_experts(state: Mapping[str, np.ndarray], here: range, experts: int) -> dict[str, np.ndarray]:
+    """``state`` without those of the ``experts`` experts that other ranks hold."""
+    elsewhere = set(range(experts)) - set(here)
+    return {name: value for name, value in state.items() if expert_index(name) not in elsewhere}
+
+
+def expert_index(name: str) -> int | None:
+    """The expert, counted over all ranks, that a tensor belongs to; None for a dense one."""
+    found = re.search(r"\.local_experts\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def load_megatron_state(model: nn.Layer, state: Mapping[str, np.ndarray]) -> None:
@@ -45,9 +58,9 @@ def load_megatron_state(model: nn.Layer, state: Mapping[str, np.ndarray]) -> Non
         tensor.set_value(paddle.to_tensor(np.ascontiguousarray(state[name])).astype(tensor.dtype))
 
 
-def weights_md5(model: nn.Layer) -> str:
-    """MD5 over the raw bytes of all parameters in sorted name order."""
+def weights_md5(model: nn.Layer, only: Callable[[str], bool] = lambda name: True) -> str:
+    """MD5 over the raw bytes of the parameters in sorted name order: of all, or of those that ``only`` chooses."""
     digest = hashlib.md5()
-    for _, parameter in sorted(model.named_parameters()):
+    for _, parameter in sorted(item for item in model.named_parameters() if only(item[0])):
         digest.update(np.ascontiguousarray(parameter.numpy()).tobytes())
     return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Many ranks: who belongs to which group, and the collectives between them."""
