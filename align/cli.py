@@ -51,7 +51,8 @@ class Order(str, Enum):
 @app.command(
     epilog="Examples:  [bold]align run tiny-fp32 --numerics torch[/]   "
     "[bold]align run ./my-bundle --precision fp64 --steps 5[/]   "
-    "[bold]align run tiny-fp32 --numerics torch --op sinkhorn=paddle[/]"
+    "[bold]align run tiny-fp32 --numerics torch --op sinkhorn=paddle[/]   "
+    "[bold]align run ./ep2-fp32 --numerics torch --launch[/]"
 )
 def run(
     bundle: Annotated[str, typer.Argument(help="A bundle's directory, or a shipped one's name: tiny-fp32.")],
@@ -69,10 +70,16 @@ def run(
     ] = None,
     op: Ops = None,
     layer_op: LayerOps = None,
+    launch: Annotated[
+        bool, typer.Option("--launch", help="Start the bundle's ranks as processes; their logs go to DIR/ranks.")
+    ] = False,
 ) -> None:
     """Train a bundle's model with paddledsv4 and compare every loss with the recorded one.
 
     Writes DIR/losses.jsonl when training is done, and prints the comparison last.
+
+    A bundle of many ranks needs --launch, or the same command without it behind
+    [bold]python -m paddle.distributed.launch --nproc_per_node N python -m[/].
 
     Exit code 0: every main and MTP loss is bit-identical. 1: some differ. 2: bad input.
     """
@@ -80,10 +87,12 @@ def run(
         from align.run import RunRequest, run_bundle
 
         overrides = Overrides.from_texts(op, layer_op)
-        request = RunRequest(bundle, numerics, precision.value if precision else None, steps, out, overrides)
+        precision_name = precision.value if precision else None
+        request = RunRequest(bundle, numerics, precision_name, steps, out, overrides, launch)
         comparison, path = run_bundle(request)
         print(f"losses: {path}", file=sys.stderr)
-    _finish(comparison)
+    if comparison is not None:  # rank 0 speaks for all
+        _finish(comparison)
 
 
 @app.command(

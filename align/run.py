@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import numpy as np
 
 from align.bundle import Bundle, load_bundle
 from align.compare import Comparison, compare_logs, matches
+from align.launch import launch_ranks
 from align.logwriter import LossLogWriter
 from align.losslog import LossLog, LossSeries, loss_md5, pack
 from align.progress import progress
 from align.readlog import read_log
+from paddledsv4.distributed.launch import Launch
 from paddledsv4.errors import UserError
 from paddledsv4.host import BITWISE_ENVIRONMENT, prepare_host
 from paddledsv4.numerics.rules import Overrides
@@ -33,19 +36,23 @@ class RunRequest:
     steps: int | None = None
     out: Path | None = None
     overrides: Overrides = Overrides()
+    launch: bool = False
 
 
-def run_bundle(request: RunRequest) -> tuple[Comparison, Path]:
+def run_bundle(request: RunRequest) -> tuple[Comparison | None, Path]:
     """Train, write losses.jsonl, compare.
 
+    A bundle of several ranks is trained by as many processes: with ``request.launch`` this one starts them, and
+    without it this is one of them, started by paddle.distributed.launch.
+
     Returns:
-        The comparison, and where the losses were written.
+        The comparison (None on ranks other than 0), and where the losses were written.
 
     Raises:
         UserError: the bundle is malformed, or asks for what is not supported. Nothing is written then.
     """
     bundle = load_bundle(request.bundle)
-    precision = check_supported(bundle, request.steps, request.precision)
+    precision = check_supported(bundle, request.steps, request.precision, request.launch)
     steps = request.steps or bundle.training.steps
     reference, state = bundle.losses(), bundle.init()
     # Kernels pick their summation order by instruction set and thread count. Both are pinned before the next
@@ -53,34 +60,55 @@ def run_bundle(request: RunRequest) -> tuple[Comparison, Path]:
     prepare_host(bitwise=True)
     from paddledsv4.numerics.policy import Policy
     from paddledsv4.numerics.ulps import notes as kernel_notes
-    from paddledsv4.training.trainer import Trainer
 
     policy = Policy.from_env(request.numerics, request.overrides)
-    trainer = Trainer(
-        bundle.model, bundle.training, policy, tokens=bundle.tokens, initial_state=state, precision=precision
-    )
     directory = request.out or Path("runs") / f"{bundle.name}-{policy.label}-{precision}"
     path = directory / "losses.jsonl"
-    with LossLogWriter(path, header(bundle, policy, precision, steps)) as writer:
-        _train(trainer, steps, writer, reference)
-        writer.final_weights(trainer.weights_md5())
+    if request.launch and bundle.parallel.world_size > 1:
+        launch_ranks(request, bundle.parallel.world_size, path)
+    elif not _train_here(bundle, policy, precision, steps, state, path, reference):
+        return None, path
     candidate, issues = read_log(path).resolve()
     comparison = compare_logs(reference, candidate, steps, issues)
     comparison.notes += [*_environment_notes(bundle), *kernel_notes(policy)]
     return comparison, path
 
 
-def check_supported(bundle: Bundle, steps: int | None, precision: str | None = None) -> str:
-    """The precision to run in; None is the bundle's own.
+def _train_here(
+    bundle: Bundle, policy: Any, precision: str, steps: int, state: dict, path: Path, reference: LossLog
+) -> bool:
+    """Train on this rank. Rank 0 writes the log, of all ranks; returns whether this is rank 0."""
+    from paddledsv4.distributed.connect import connect
+    from paddledsv4.training.trainer import Trainer
+
+    with connect(bundle.parallel) as groups:
+        trainer = Trainer(
+            bundle.model, bundle.training, policy, tokens=bundle.tokens, initial_state=state, precision=precision,
+            parallel=bundle.parallel, groups=groups,
+        )
+        if groups.world.rank:
+            deque(trainer.train(steps=steps), maxlen=0)
+            return False
+        with LossLogWriter(path, header(bundle, policy, precision, steps)) as writer:
+            _train(trainer, steps, writer, reference)
+            if groups.world.size == 1:
+                writer.final_weights(trainer.weights_md5())
+        return True
+
+
+def check_supported(
+    bundle: Bundle, steps: int | None, precision: str | None = None, launch: bool | None = None
+) -> str:
+    """The precision to run in; None is the bundle's own. ``launch``: whether the bundle's ranks are to be started, None
+    where only one card is possible.
 
     Raises:
-        UserError: the bundle was recorded on several ranks, or has not so many steps; or an unknown precision.
+        UserError: the bundle was recorded on several ranks and this is one, or has not so many steps; or an unknown
+            precision.
     """
-    if bundle.parallel.world_size > 1:
-        raise UserError(
-            f"bundle {bundle.name} was recorded on {bundle.parallel.world_size} ranks; "
-            "align run trains on one card so far, choose a bundle with world_size 1"
-        )
+    if bundle.parallel.world_size > 1 and not launch and Launch.from_env().world_size == 1:
+        advice = "this command looks at one card" if launch is None else "add --launch"
+        raise UserError(f"bundle {bundle.name} was recorded on {bundle.parallel.world_size} ranks; {advice}")
     if steps is not None and not 1 <= steps <= bundle.training.steps:
         raise UserError(f"--steps {steps}: bundle {bundle.name} records steps 1 to {bundle.training.steps}")
     precision = precision or bundle.training.precision
