@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,37 +74,51 @@ def train(
     op: Ops = None,
     layer_op: LayerOps = None,
 ) -> None:
-    """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well."""
+    """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well.
+
+    A recipe whose parallel section has N ranks is started behind
+    [bold]python -m paddle.distributed.launch --nproc_per_node N python -m paddledsv4[/].
+    """
     from paddledsv4.training.data import load_tokens
-    from paddledsv4.training.runlog import RunLog
 
     recipe, given = Recipe.from_file(config), Overrides.from_texts(op, layer_op)
     try:
         training, data = recipe.require("training"), recipe.require("data")
-        if recipe.parallel.world_size != 1:
-            recipe.parallel.reject("world_size", "must be 1; this command trains on one rank")
     except UserError as error:
         raise UserError(f"{config}: {error}") from None
     training = training.replace(steps=steps) if steps else training
     tokens = load_tokens(data.tokens, training.sequence_length, recipe.model.vocab_size)
 
     _prepare_paddle()
+    from paddledsv4.distributed.connect import connect
     from paddledsv4.numerics.policy import Policy
     from paddledsv4.training.trainer import Trainer
 
     preset, overrides = (numerics, Overrides()) if numerics else recipe.numerics_choice()
     policy = Policy.from_env(preset, overrides.then(given))
-    trainer = Trainer(recipe.model, training, policy, tokens)
+    with connect(recipe.parallel) as groups:
+        trainer = Trainer(recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups)
+        if groups.world.rank == 0:
+            _train_and_log(trainer, training.steps, recipe, out or Path(recipe.output))
+        else:
+            deque(trainer.train(steps=training.steps), maxlen=0)
+
+
+def _train_and_log(trainer: Trainer, steps: int, recipe: Recipe, folder: Path) -> None:
+    """Rank 0 speaks for all ranks."""
+    from paddledsv4.training.runlog import RunLog
+
+    policy, training = trainer.policy, trainer.train_config
     header = {"numerics": policy.name, "fingerprint": policy.fingerprint, "policy": policy.describe()}
-    header |= {"model": recipe.model.model_dump(mode="json"), "training": training.model_dump(mode="json")}
-    log = RunLog(out or Path(recipe.output), header)
+    for section, config in ("model", recipe.model), ("training", training), ("parallel", recipe.parallel):
+        header[section] = config.model_dump(mode="json")
+    log = RunLog(folder, header)
     console = Console()
-    size = f"{model_info(recipe.model).parameters:,} parameters"
-    console.print(
-        f"{size}, {training.precision}, numerics {policy.name} ({policy.fingerprint})", highlight=False
-    )
+    ranks = f", {recipe.parallel.world_size} ranks" if recipe.parallel.world_size > 1 else ""
+    size = f"{model_info(recipe.model).parameters:,} parameters, {training.precision}{ranks}"
+    console.print(f"{size}, numerics {policy.name} ({policy.fingerprint})", highlight=False)
     try:
-        _steps(trainer, training.steps, log)
+        _steps(trainer, steps, log)
     except KeyboardInterrupt:
         console.print(f"stopped by Ctrl-C after step {len(log.records)}")
         raise typer.Exit(130) from None

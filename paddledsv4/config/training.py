@@ -39,7 +39,12 @@ class OptimizerConfig(StrictConfig):
 
 
 class TrainConfig(StrictConfig):
-    """One run; ``sequence_length`` in tokens, ``micro_batch_size`` in rows, ``steps`` in optimizer steps."""
+    """One run; ``sequence_length`` in tokens, ``micro_batch_size`` in rows, ``steps`` in optimizer steps.
+
+    ``indexer_loss_scale``: the weight of the indexer's loss in every microbatch. ``per_microbatch`` divides it by
+    ``gradient_accumulation_steps``, as all other losses are, so that the gradient is a mean over the global batch.
+    ``megatron`` does not, as the reference: its gradient grows with the number of microbatches (spec 8.3).
+    """
 
     SECTION: ClassVar[str] = "training."
 
@@ -53,6 +58,7 @@ class TrainConfig(StrictConfig):
     mtp_loss_scaling_factor: NotNegative = 0.1
     indexer_loss_coeff: NotNegative = 0.01
     indexer_sparse_loss: bool = True
+    indexer_loss_scale: Literal["megatron", "per_microbatch"] = "megatron"
     seq_aux_loss_coeff: NotNegative = 0.0001
     expert_bias_update_rate: NotNegative = 0.001
     seed: Annotated[int, Field(ge=0)] = 0

@@ -57,7 +57,7 @@ def _backend(launch: Launch, timeout: int):
     try:
         from paddledsv4.distributed.gloo import GlooBackend
     except ImportError:
-        raise UserError("many ranks on a CPU talk through torch.distributed: install torch (pip install torch)") from None
+        raise UserError('many ranks on a CPU talk through torch: pip install "paddledsv4[torch]"') from None
     return GlooBackend(launch, timeout)
 
 

@@ -1,16 +1,21 @@
-"""Groups on a CPU: torch.distributed's gloo on Paddle's memory. The only module of ``distributed`` to import torch.
+"""Groups on a CPU: torch.distributed's gloo. The only module of ``distributed`` to import torch.
 
 Paddle's own gloo has no all-to-all and no reduce-scatter, and its sub-groups race. Megatron's references were
 recorded on this backend; its ring all-reduce adds in an order that depends on the position in the buffer.
+
+gloo works on copies that torch owns, never on Paddle's memory itself. Its threads drop their references to a tensor
+some time after the collective, and dropping the last one to borrowed memory takes a lock of Paddle's: when this
+thread waits for Python's lock, and the main thread holds that one and waits for Paddle's, both wait for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from paddle import Tensor
 
@@ -44,31 +49,37 @@ class GlooGroup(Group):
         if not x.is_contiguous():
             raise ValueError("all_reduce_ works in place and needs a contiguous tensor")
         with self._guard("all_reduce"):
-            dist.all_reduce(to_torch(x), OPERATIONS[op], group=self.handle)
+            copy = _copied(x)
+            dist.all_reduce(copy, OPERATIONS[op], group=self.handle)
+        to_torch(x).copy_(copy)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        out = empty_rows(self.size * x.shape[0], x)
-        with self._guard("all_gather"):
-            dist.all_gather_into_tensor(to_torch(out), to_torch(x), group=self.handle)
-        return out
+        return self._into(self.size * x.shape[0], x, "all_gather", dist.all_gather_into_tensor)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        out = empty_rows(x.shape[0] // self.size, x)
-        with self._guard("reduce_scatter"):
-            dist.reduce_scatter_tensor(to_torch(out), to_torch(x), group=self.handle)
-        return out
+        return self._into(x.shape[0] // self.size, x, "reduce_scatter", dist.reduce_scatter_tensor)
 
     def all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        out = empty_rows(sum(receive), x)
-        with self._guard("all_to_all"):
-            dist.all_to_all_single(to_torch(out), to_torch(x), receive, send, group=self.handle)
-        return out
+        splits = {"output_split_sizes": receive, "input_split_sizes": send}
+        return self._into(sum(receive), x, "all_to_all", dist.all_to_all_single, **splits)
 
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
         with self._guard("broadcast"):
-            dist.broadcast(to_torch(x), self.ranks[source], group=self.handle)
+            copy = _copied(x)
+            dist.broadcast(copy, self.ranks[source], group=self.handle)
+        to_torch(x).copy_(copy)
         return x
+
+    def _into(self, rows: int, x: Tensor, name: str, collective: Callable, **splits: list[int]) -> Tensor:
+        """A collective from x to a new tensor with so many rows."""
+        out = empty_rows(rows, x)
+        with self._guard(name):
+            copy = _copied(x)
+            result = copy.new_empty([rows, *copy.shape[1:]])
+            collective(result, copy, group=self.handle, **splits)
+        to_torch(out).copy_(result)
+        return out
 
     def barrier(self) -> None:
         with self._guard("barrier"):
@@ -121,6 +132,10 @@ class GlooBackend:
         self.watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _copied(x: Tensor) -> torch.Tensor:
+    return to_torch(x).clone()
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -45,7 +45,8 @@ class Watchdog:
         """Tell the other ranks why this one stops; the first message stays."""
         with contextlib.suppress(RuntimeError):
             if not self.store.check([FAILURE]):
-                self.store.set(FAILURE, f"rank {self.launch.rank}: {message}")
+                own = f"rank {self.launch.rank}: "
+                self.store.set(FAILURE, own + message.removeprefix(own))
             if self.launch.rank == 0:
                 time.sleep(2)  # the store lives in this process: let the others read first
 
@@ -61,7 +62,7 @@ class Watchdog:
         time.sleep(0.5)  # a rank that fails by itself needs a moment to say so
         said = self.failure()
         if said:
-            return f"rank {self.launch.rank} stopped because another rank did: {said}"
+            return f"rank {self.launch.rank}: stopped because another rank did: {said}"
         late = seconds >= self.timeout - 1
         what = f"waited {seconds:.0f} s in vain: a rank hangs or is out of step" if late else "lost a rank: it died"
         return f"rank {self.launch.rank}: {operation} {what}; see the logs of the other ranks"

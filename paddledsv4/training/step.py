@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import paddle
@@ -42,12 +42,14 @@ class StepResult:
 
 def auxiliary_losses(train: TrainConfig) -> AuxiliaryLosses:
     """The weights of the auxiliary losses under this training configuration."""
+    seed = 1.0 / train.gradient_accumulation_steps
     return AuxiliaryLosses(
         mtp_factor=train.mtp_loss_scaling_factor,
         indexer_coeff=train.indexer_loss_coeff,
         indexer_sparse=train.indexer_sparse_loss,
         sequence_coeff=train.seq_aux_loss_coeff,
-        seed=1.0 / train.gradient_accumulation_steps,
+        seed=seed,
+        indexer_seed=seed if train.indexer_loss_scale == "per_microbatch" else 1.0,
     )
 
 
@@ -116,7 +118,7 @@ def gather_losses(records: list[MicrobatchLoss], group: Group) -> list[Microbatc
     mine = paddle.to_tensor([[r.main, 0.0 if r.mtp is None else r.mtp] for r in records], "float64")
     everyone = group.all_gather(mine).reshape([group.size, len(records), 2]).tolist()
     return [
-        MicrobatchLoss(record.microbatch, rank, everyone[rank][i][0], None if record.mtp is None else everyone[rank][i][1])
+        replace(record, rank=rank, main=losses[i][0], mtp=None if record.mtp is None else losses[i][1])
         for i, record in enumerate(records)
-        for rank in range(group.size)
+        for rank, losses in enumerate(everyone)
     ]

@@ -44,7 +44,7 @@ class Build:
 class AuxiliaryLosses:
     """Weights of the losses beside the main one, and the gradient seed that rides with them.
 
-    ``seed`` is 1 / number of microbatches; the indexer's loss is seeded with 1 as in the reference (spec 8.3).
+    ``seed`` is 1 / number of microbatches; ``indexer_seed``, that of the indexer's loss, is either it or 1 (spec 8.3).
     """
 
     mtp_factor: float = 0.1
