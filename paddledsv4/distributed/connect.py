@@ -40,7 +40,7 @@ def connect(parallel: ParallelConfig, launch: Launch | None = None) -> Iterator[
     backend = _backend(launch, parallel.timeout)
     try:
         check_same(backend.world(), {"parallel": parallel.model_dump_json()})
-        yield _join(backend, kinds, launch.rank)
+        yield join(backend, kinds, launch.rank)
     except BaseException as error:
         if hasattr(backend, "watchdog"):
             backend.watchdog.fail(" ".join(str(error).split()) or type(error).__name__)
@@ -61,7 +61,7 @@ def _backend(launch: Launch, timeout: int):
     return GlooBackend(launch, timeout)
 
 
-def _join(backend, kinds: dict[str, list[tuple[int, ...]]], rank: int) -> Groups:
+def join(backend, kinds: dict[str, list[tuple[int, ...]]], rank: int) -> Groups:
     """Make every group once, in one order on all ranks. Groups of the same ranks share one; groups of one are alone."""
     world = backend.world()
     made: dict[tuple[int, ...], Group | None] = {world.ranks: world}

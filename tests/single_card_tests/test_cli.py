@@ -51,7 +51,7 @@ def test_user_errors_are_one_line_and_exit_2(capsys, tmp_path):
     ("replace", "by", "said"),
     [
         ("steps: 100", "stepz: 100", "training.stepz is not a known key; did you mean steps?"),
-        ("data:", "parallel: {world_size: 2, data: 2}\ndata:", "parallel.world_size = 2: must be 1"),
+        ("data:", "parallel: {world_size: 2, data: 2}\ndata:", "parallel.world_size = 2, but 1 process was started"),
         ("../align/data/tiny-fp32/tokens.npy", "nowhere.npy", "there is no such file"),
         ("vocab_size: 512", "vocab_size: 100", "must lie in [0, vocab_size = 100)"),
     ],

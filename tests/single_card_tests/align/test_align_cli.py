@@ -39,7 +39,7 @@ class FakeTrainer:
 
     fault = None
 
-    def __init__(self, model, train, policy, tokens, initial_state, precision):
+    def __init__(self, model, train, policy, tokens, initial_state, precision, parallel, groups):
         assert tokens.shape[1] == train.sequence_length + 1 and precision in ("fp32", "bf16", "fp64")
         assert isinstance(initial_state["weight"], np.ndarray)
 
@@ -132,7 +132,7 @@ def test_run_refuses_malformed_bundles(align, fake, tmp_path, case):
 def test_run_refuses_what_it_cannot_do(align, fake, tmp_path):
     make_bundle(tmp_path / "wide", parallel={"world_size": 2, "data": 2, "expert": 2}, steps=1)
     np.save(tmp_path / "wide" / "tokens.npy", np.zeros((8, 9), np.int32))
-    assert_one_line_error(align("run", "wide"), "2 ranks", "one card")
+    assert_one_line_error(align("run", "wide"), "2 ranks", "--launch")
     make_bundle(tmp_path / "b")
     assert_one_line_error(align("run", "b", "--steps", 3), "records steps 1 to 2")
     assert_one_line_error(align("run", "b", "--numerics", "nope"), "nope", "paddle")

@@ -1,0 +1,40 @@
+"""Collectives, layouts and refusals, checked inside 2, 4 and 8 processes; one launch for all checks of a size."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from ranks import HERE, run_ranks
+
+NAMES = [
+    node.name
+    for node in ast.parse((HERE / "jobs.py").read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
+]
+TWO_RANKS_ONLY = {"check_data_parallel_has_the_bits_of_accumulation"}
+
+
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory):
+    """ranks -> the outcomes that every rank wrote; started when first asked for."""
+    found: dict[int, list[dict]] = {}
+
+    def of(count: int) -> list[dict]:
+        if count not in found:
+            file = tmp_path_factory.mktemp(f"ranks{count}") / "outcome"
+            ended = run_ranks(count, "checks", file, limit=100 * count)
+            assert all(e.code == 0 for e in ended), [e.errors[-2000:] for e in ended]
+            found[count] = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(count)]
+        return found[count]
+
+    return of
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_in_processes(outcomes, count, name):
+    if count > 2 and name in TWO_RANKS_ONLY:
+        pytest.skip("the sum of more than two terms has an order")
+    for rank, outcome in enumerate(outcomes(count)):
+        assert outcome[name] == "ok", f"rank {rank}: {outcome[name]}"
