@@ -54,6 +54,9 @@ class Trainer:
         paddle.seed(train.seed)
         self.train_config, self.policy, self.tokens, self.precision = train, policy, tokens, precision
         self.parallel, self.groups = parallel or ParallelConfig(), groups
+        for name in ("tensor", "context"):
+            if getattr(self.parallel, name) > 1:
+                self.parallel.reject(name, "must be 1: there are no layers for it yet; use data and expert parallelism")
         self.model = DeepseekV4Model(model, policy, precision, groups)
         if initial_state is not None:
             here = local_experts(model.n_routed_experts, groups.expert)

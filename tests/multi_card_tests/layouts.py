@@ -44,6 +44,8 @@ def trainer(preset: str, precision: str, groups: Groups = ALONE, parallel: Paral
 def trained(steps: int, *arguments, **changes) -> Trained:
     runner = trainer(*arguments, **changes)
     results = list(runner.train(steps))
+    if runner.groups.world.size > 1:
+        runner.check_ranks()  # they still share their weights
     losses = [(loss.main, loss.mtp) for result in results for loss in result.losses]
     state = {name: tensor.numpy() for name, tensor in named_tensors(runner.model).items()}
     return Trained(losses, [result.grad_norm for result in results], state)

@@ -26,7 +26,8 @@ class Ended:
 
 def environment(**more: str) -> dict[str, str]:
     paths = os.pathsep.join([str(ROOT), str(HERE), str(ROOT / "tests" / "single_card_tests")])
-    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONWARNINGS": "ignore"} | more
+    fixed = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONWARNINGS": "ignore"}
+    return os.environ | fixed | more
 
 
 def free_port() -> int:
