@@ -6,6 +6,7 @@ A check returns nothing or why it was skipped, or raises; the outcome of each go
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -28,6 +29,9 @@ from paddledsv4.distributed import collectives  # noqa: E402
 from paddledsv4.distributed.connect import connect  # noqa: E402
 from paddledsv4.distributed.group import Group, Groups  # noqa: E402
 from paddledsv4.errors import UserError  # noqa: E402
+from paddledsv4.moe.dispatcher import AllToAllDispatcher  # noqa: E402
+from paddledsv4.training import optimizer, step  # noqa: E402
+from paddledsv4.training.gradients import MainGradients  # noqa: E402
 
 RANKS = int(os.environ["PADDLE_TRAINERS_NUM"])
 LAYOUT = ParallelConfig(world_size=RANKS, data=RANKS, expert=2)
@@ -150,6 +154,32 @@ def check_expert_parallel_is_the_same_model(groups: Groups) -> None:
     assert set(many.state) < set(one.state) and any("local_experts" in name for name in many.state)
     for name, value in many.state.items():
         np.testing.assert_allclose(value, one.state[name], 1e-8, 1e-10, err_msg=name)
+
+
+PLANTS = {
+    "gradients summed instead of averaged": (MainGradients, "average", lambda self: sum_only(self)),
+    "rows not regrouped by expert": (AllToAllDispatcher, "_transpose", lambda self, rows, sizes: rows),
+    "every rank's own token counts": (step, "sum_token_counts", lambda routers, group: None),
+    "norm of this rank's experts only": (optimizer, "total_norm", lambda groups, norms, dtype: math.hypot(*norms)),
+}
+
+
+def sum_only(gradients: MainGradients) -> None:
+    for buffer, group in gradients.buffers:
+        group.all_reduce_(buffer)
+
+
+def check_planted_bugs_are_seen(groups: Groups) -> None:
+    for bug, (owner, name, plant) in PLANTS.items():
+        original = getattr(owner, name)
+        setattr(owner, name, plant)
+        try:
+            check_expert_parallel_is_the_same_model(groups)
+        except (AssertionError, UserError):
+            continue
+        finally:
+            setattr(owner, name, original)
+        raise RuntimeError(f"not seen: {bug}")
 
 
 def check_other_weights_are_refused_everywhere(groups: Groups) -> None:

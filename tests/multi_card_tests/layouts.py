@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,7 @@ def trained(steps: int, *arguments, **changes) -> Trained:
     return Trained(losses, [result.grad_norm for result in results], state)
 
 
+@functools.cache
 def on_one_card(steps: int, preset: str, precision: str, ranks: int, **changes) -> Trained:
     """The same global batches, as so many accumulated microbatches."""
     return trained(steps, preset, precision, gradient_accumulation_steps=ranks, **changes)
