@@ -90,8 +90,8 @@ def run(
         precision_name = precision.value if precision else None
         request = RunRequest(bundle, numerics, precision_name, steps, out, overrides, launch)
         comparison, path = run_bundle(request)
-        print(f"losses: {path}", file=sys.stderr)
     if comparison is not None:  # rank 0 speaks for all
+        print(f"losses: {path}", file=sys.stderr)
         _finish(comparison)
 
 

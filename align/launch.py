@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from paddledsv4.errors import UserError
 if TYPE_CHECKING:
     from align.run import RunRequest
 
-ECHO = "stopped because another rank did"  # such an error repeats the one that matters
+# What ranks say that suffer from another rank's end.
+ECHOES = ("stopped because another rank did", "lost a rank", "told to stop")
 
 
 def launch_ranks(request: RunRequest, ranks: int, log: Path) -> None:
@@ -35,11 +37,14 @@ def launch_ranks(request: RunRequest, ranks: int, log: Path) -> None:
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as launcher:
+        failed = None
         for line in launcher.stdout:
             if line.startswith("step "):
                 print(line, end="", file=sys.stderr, flush=True)
+            failed = failed or re.match(r"Container rank (\d+) status failed .* code (-?\d+)", line)
     if _version(log) == before:
-        raise UserError(_what_went_wrong(folder, ranks))
+        silent = f"rank {failed[1]} ended with code {failed[2]}" if failed else "a rank ended"
+        raise UserError(_what_went_wrong(folder, ranks, f"{silent} and without a word"))
 
 
 def arguments(request: RunRequest, out: Path) -> list[str]:
@@ -59,8 +64,8 @@ def _version(path: Path) -> tuple[int, int] | None:
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
-def _what_went_wrong(folder: Path, ranks: int) -> str:
-    """The error that matters among those in the ranks' logs."""
+def _what_went_wrong(folder: Path, ranks: int, silent: str) -> str:
+    """The error that matters among those in the ranks' logs; ``silent`` if none gives a cause."""
     said = []
     for rank in range(ranks):
         path = folder / f"workerlog.{rank}"
@@ -68,5 +73,5 @@ def _what_went_wrong(folder: Path, ranks: int) -> str:
         said += [line.removeprefix("error: ") for line in lines if line.startswith("error: ")][-1:]
         if any(line.startswith("Traceback") for line in lines):
             return f"rank {rank} ended with a bug; its trace is in {path}"
-    causes = [line for line in said if ECHO not in line] or said or ["a rank ended without a word"]
+    causes = [line for line in said if not any(echo in line for echo in ECHOES)] or [silent]
     return f"{causes[0]} (logs of the ranks: {folder})"
