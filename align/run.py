@@ -62,7 +62,7 @@ def run_bundle(request: RunRequest) -> tuple[Comparison | None, Path]:
     from paddledsv4.numerics.ulps import notes as kernel_notes
 
     policy = Policy.from_env(request.numerics, request.overrides)
-    directory = request.out or Path("runs") / f"{bundle.name}-{policy.label}-{precision}"
+    directory = request.out or run_directory(bundle, policy, precision)
     path = directory / "losses.jsonl"
     if request.launch and bundle.parallel.world_size > 1:
         launch_ranks(request, bundle.parallel.world_size, path)
@@ -72,6 +72,11 @@ def run_bundle(request: RunRequest) -> tuple[Comparison | None, Path]:
     comparison = compare_logs(reference, candidate, steps, issues)
     comparison.notes += [*_environment_notes(bundle), *kernel_notes(policy)]
     return comparison, path
+
+
+def run_directory(bundle: Bundle, policy: Any, precision: str) -> Path:
+    """Where the results of a run go unless the user says otherwise."""
+    return Path("runs") / f"{bundle.name}-{policy.label}-{precision}"
 
 
 def _train_here(
