@@ -71,6 +71,7 @@ class Attribution:
         self.result.after = self.runs.outcome(self.switches.after, f"all as in {self.switches.after.label}")
         if self.result.after.error:
             raise UserError(f"the run with --to {self.switches.after.label} fails: {self.result.after.error}")
+        self.runs.weights = self.result.after.weights
         self.result.before = self.runs.outcome(self.switches.before, f"all as in {self.switches.before.label}")
         if self.result.before.equal:
             return Verdict.EQUAL

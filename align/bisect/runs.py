@@ -32,6 +32,7 @@ class Runs:
     def __init__(self, trial: Trial, directory: Path, budget: Budget, watch: Watch):
         self.trial, self.folder, self.budget, self.watch = trial, directory / FOLDER, budget, watch
         self.known: dict[str, Outcome] = {}
+        self.weights: tuple[str, ...] = ()  # of the run with all switches flipped, for the words on progress
         self.setting = setting(trial)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ class Runs:
             if not found.error:  # a failure may pass: it is tried again when the command is repeated
                 write_whole(self._path(name), found.model_dump_json(indent=1) + "\n")
         if name not in self.known or not known:
-            self.watch.ended(what, found.text(like or ()), known)
+            self.watch.ended(what, found.text(self.weights), known)
         self.known[name] = found
         return found
 
