@@ -26,8 +26,8 @@ class Verdict(str, Enum):
 class Flip:
     """A run with all switches as in ``to`` but this one; ``layer`` is "" for everywhere.
 
-    ``weights_step`` is the first step after which its weights are not those of ``to``; ``seconds`` is what ``to`` costs
-    more per step than ``from`` at this switch, None where it was not measured.
+    ``weights_step`` is the first step after which its weights are not those of ``to``; ``seconds`` of CPU time
+    are what ``to`` costs more per step than ``from`` at this switch, None where it was not measured.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Result:
             lines += [
                 f"Smallest set for equal {self.minimal_for}, {count} of {len(self.switches.names)} switches: "
                 + ", ".join(self.minimal),
-                f"Taking any one of them out makes {self.minimal_for} differ. Only these flipped:",
+                "Taking any one of them out makes a difference. Only these flipped:",
                 f"  {self.command(bundle)}",
             ]
         lines.append(f"{self.runs} runs of up to {self.steps} steps, {self.new_runs} of them now")

@@ -24,7 +24,7 @@ def _table(title: str, flips: list[Flip], result: Result) -> Table:
     table = Table(title=title, caption_justify="left")
     for heading in ("switch", "layer") if layered else ("switch", "from", "to"):
         table.add_column(heading, no_wrap=True)
-    for figure in ("losses differ from step", "weights differ from step", "max loss difference", "seconds per step"):
+    for figure in ("losses differ from step", "weights differ from step", "max loss difference", "CPU s per step"):
         table.add_column(figure, justify="right")
     table.add_column("needed")
     minimal = result.minimal or []
@@ -32,7 +32,7 @@ def _table(title: str, flips: list[Flip], result: Result) -> Table:
         cells = [flip.name, *([flip.layer] if layered else flip.choices), *_figures(flip)]
         needed = flip.name in minimal and not flip.outcome.same(result.after.weights)
         table.add_row(*cells, "yes" if needed else "", style="bold" if needed else None)
-    table.caption = "seconds per step: what --to costs more than --from at this switch"
+    table.caption = "CPU s per step: what --to costs more than --from at this switch"
     return table
 
 

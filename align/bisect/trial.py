@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ class Outcome(BaseModel):
         first: kind ("main" or "mtp"), step, microbatch and rank of the first loss that does not.
         max_difference: of any loss; NaN where one is NaN, None where no loss was made.
         weights: MD5 of the parameters after every step.
-        seconds_per_step: of the fastest step after the first, which warms up; None without one.
+        seconds_per_step: CPU time of the fastest step after the first, which warms up; None without one. Other
+            processes on the machine disturb it less than wall time.
         whole: all steps were run; else the run was stopped at the first difference.
         error: why the run failed, in one line; "" where it did not.
     """
@@ -84,16 +86,19 @@ class Trial:
 
         Whatever goes wrong while training is part of the outcome.
         """
-        results, weights, comparison, stopped = [], [], None, False
+        results, seconds, weights, comparison, stopped = [], [], [], None, False
         try:
             trainer = self.trainer(policy)
+            began = time.process_time()
             for result in trainer.train(steps=self.steps):
+                seconds.append(time.process_time() - began)
                 results.append(result)
                 weights.append(trainer.weights_md5())
                 comparison = compare_logs(self.reference, _log(results), result.step)
                 if like is not None and (not comparison.ok or _first_difference(weights, like)):
                     stopped = True
                     break
+                began = time.process_time()
         except Exception as error:  # a variant may fail in any way; the other switches still count
             return Outcome(equal=False, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         if len(results) < self.steps and not stopped:
@@ -103,7 +108,7 @@ class Trial:
             first=_first(comparison),
             max_difference=_max_difference(comparison),
             weights=tuple(weights),
-            seconds_per_step=min((result.seconds for result in results[1:]), default=None),
+            seconds_per_step=min(seconds[1:], default=None),
             whole=len(results) == self.steps,
         )
 

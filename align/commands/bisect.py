@@ -82,12 +82,12 @@ def _bisect(name, before, after, steps, budget_text, out, overrides, *plan):
     from align.bisect.budget import Budget
     from align.bundle import load_bundle
     from align.files import write_whole
-    from align.run import RunRequest, check_supported, run_directory
+    from align.run import check_supported, run_directory
     from paddledsv4.host import prepare_host
     from paddledsv4.numerics.rules import Overrides
 
     budget, loaded = Budget.parse(budget_text), load_bundle(name)
-    precision = check_supported(loaded, RunRequest(name, steps=steps))
+    precision = check_supported(loaded, steps)
     prepare_host(bitwise=True)
     from align.bisect.attribution import Plan
     from align.bisect.attribution import bisect as attribute
