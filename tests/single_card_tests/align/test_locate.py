@@ -87,8 +87,8 @@ def test_a_small_bias_shows_among_larger_roundings():
     noise.add(Error.of(tensor(reference * (1 + 2.0**-9 * random.uniform(-1, 1, 10000))), tensor(reference)))
     rounded = tensor(reference * (1 + 2.0**-9 * random.uniform(-1, 1, 10000)))
     biased = tensor(reference * (1.001 + 2.0**-9 * random.uniform(-1, 1, 10000)))
-    assert noise.excess(Error.of(rounded, tensor(reference)), 2.0**-9) < 2
-    assert noise.excess(Error.of(biased, tensor(reference)), 2.0**-9) > 8
+    assert noise.excess(Error.of(rounded, tensor(reference)), 2.0**-24) < 2
+    assert noise.excess(Error.of(biased, tensor(reference)), 2.0**-24) > 8
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_an_expert_without_tokens_gets_a_zero_gradient(preset):
     assert out.shape == [5, 128]
     out.sum().backward()
     assert np.abs(rows.grad.numpy()).min(-1).max() > 0
-    for count, expert in zip(counts.tolist(), experts.local_experts, strict=True):
+    for count, expert in zip(counts.tolist(), experts.local_experts.values(), strict=True):
         gradient = expert.linear_fc1.weight.grad
         assert gradient is not None and np.isfinite(gradient.numpy()).all()
         assert (np.abs(gradient.numpy()).max() > 0) == (count > 0)
