@@ -1,0 +1,1 @@
+"""Operations that stand for several ops at once, to save memory or time."""
