@@ -19,8 +19,9 @@ class MoELayer(nn.Layer):
         config = build.config
         self.router = (HashRouter if hash_routing else LearnedRouter)(build.at("router"))
         self.experts = Experts(build.at("experts"))
-        self.own, self.dispatcher = own_assignments(build), dispatcher(build)
+        self.own_assignments, self.dispatcher = own_assignments(build), dispatcher(build)
         shared = config.n_shared_experts * config.moe_intermediate_size
+        self.tensor.share(shared, "n_shared_experts x moe_intermediate_size")
         self.shared_experts = MLP(build.at("shared_experts"), shared, build.groups.tensor) if shared else None
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
@@ -28,7 +29,7 @@ class MoELayer(nn.Layer):
         *to_shared, to_router, to_experts = self.ops.fan_out(x, 3 if self.shared_experts is not None else 2)
         shared = self.shared_experts(*to_shared) if to_shared else None
         probs, routing_map = self.router(self.tensor.repeat(to_router), context)
-        routing_map = self.own(routing_map)
+        routing_map = self.own_assignments(routing_map)
         tokens = to_experts.reshape([-1, x.shape[-1]])
         rows, row_probs, token_index = self.ops.permute(tokens, self.tensor.copy(probs), routing_map)
         out = self.dispatcher(self.experts, rows, row_probs, routing_map.astype("int64").sum(0))

@@ -5,11 +5,10 @@ Every rank draws the full weight and keeps its shard, so that initial weights do
 
 from __future__ import annotations
 
-import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.distributed.group import Group
-from paddledsv4.transformer.build import Build, parameter
+from paddledsv4.transformer.build import Build, constant, parameter
 from paddledsv4.transformer.linear import Linear
 from paddledsv4.weights.shards import COLUMNS, GATE_AND_LINEAR, ROWS, Split
 
@@ -19,7 +18,9 @@ def shard(full: Tensor, split: Split, group: Group) -> Tensor:
     if group.size == 1:
         return full
     part = split.shard(full.detach(), group.rank, group.size).contiguous()
-    return paddle.create_parameter(part.shape, part.dtype, default_initializer=nn.initializer.Assign(part))
+    kept = constant(part.shape, part.dtype, 0.0)
+    kept.set_value(part)
+    return kept
 
 
 class ColumnParallelLinear(Linear):

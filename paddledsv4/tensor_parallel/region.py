@@ -13,6 +13,17 @@ from paddledsv4.errors import UserError
 from paddledsv4.tensor_parallel import mappings
 
 
+def share(size: int, what: str, ranks: int, kind: str = "tensor") -> int:
+    """How much of ``size`` each rank holds. ``what`` names it and ``kind`` the ranks in the message.
+
+    Raises:
+        UserError: it cannot be shared out equally.
+    """
+    if size % ranks:
+        raise UserError(f"parallel.{kind} = {ranks}: must divide {what} ({size})")
+    return size // ranks
+
+
 class OneRank:
     """A rank that holds everything: every passage is the identity."""
 
@@ -20,14 +31,8 @@ class OneRank:
         self.group = group
 
     def share(self, size: int, what: str) -> int:
-        """How much of ``size`` each rank holds. ``what`` names it in the message.
-
-        Raises:
-            UserError: it cannot be shared out equally.
-        """
-        if size % self.group.size:
-            raise UserError(f"parallel.{self.group.name} = {self.group.size}: must divide {what} ({size})")
-        return size // self.group.size
+        """How much of ``size`` each tensor rank holds; see :func:`share`."""
+        return share(size, what, self.group.size)
 
     def gather(self, x: Tensor) -> Tensor:
         """At rest -> whole, for a computation that every rank repeats."""
