@@ -37,8 +37,7 @@ def layouts() -> list[ParallelConfig]:
     whole, sliced = layout(), layout(sequence_parallel=True)
     if RANKS == 2:
         return [whole, sliced, sliced.replace(expert=2, expert_tensor=1), whole.replace(expert_tensor=1)]
-    experts = layout(expert=2), layout(expert=RANKS, expert_tensor=1, sequence_parallel=True)
-    return [whole, sliced, *experts, *([layout(4, sequence_parallel=True)] if RANKS == 4 else [])]
+    return [whole, sliced.replace(expert=2), sliced.replace(expert=RANKS, expert_tensor=1), layout(4)]
 
 
 # ---- mappings ------------------------------------------------------------------------------------------------------
@@ -134,21 +133,19 @@ def check_presets_run_tensor_parallel(groups: Groups) -> str | None:
         return "skipped: on two ranks"
     parallel = layout(sequence_parallel=True)
     found = groups_of(parallel, groups.world)
-    for preset, precision, tolerance in (
-        ("plain", "fp64", 1e-12), ("megatron", "fp64", 1e-12), ("torch", "fp64", 1e-12), ("megatron", "bf16", 5e-3)
-    ):
+    for preset, precision, tolerance in ("plain", "fp64", 1e-12), ("torch", "fp64", 1e-12), ("megatron", "bf16", 5e-3):
         one, many = on_one_card(1, preset, precision, 1), on_many(1, preset, precision, found, parallel)
         np.testing.assert_allclose(many.losses, one.losses, tolerance, err_msg=f"{preset} {precision}")
 
 
 def check_initial_weights_are_the_same_on_any_layout(groups: Groups) -> None:
-    for parallel in layouts()[-2:]:
-        for precision in ("fp32", "bf16"):
-            one = {name: t.numpy() for name, t in named_tensors(trainer("paddle", precision).model).items()}
-            found = groups_of(parallel, groups.world)
-            tensors = named_tensors(trainer("paddle", precision, found, parallel).model)
-            for name, value in shards.gather_full(tensors, found).items():
-                assert value.tobytes() == one[name].tobytes(), name
+    parallel = layouts()[1]
+    found = groups_of(parallel, groups.world)
+    for precision in ("fp32", "bf16"):
+        one = named_tensors(trainer("paddle", precision).model)
+        tensors = named_tensors(trainer("paddle", precision, found, parallel).model)
+        for name, value in shards.gather_full(tensors, found).items():
+            assert value.tobytes() == one[name].numpy().tobytes(), name
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
