@@ -10,9 +10,10 @@ from paddle import Tensor, nn
 from paddledsv4.config import ModelConfig
 from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.numerics.policy import Policy
+from paddledsv4.tensor_parallel.cross_entropy import cross_entropy
+from paddledsv4.tensor_parallel.layers import ColumnParallelLinear, embedding
 from paddledsv4.transformer.block import TransformerBlock
-from paddledsv4.transformer.build import AuxiliaryLosses, Build, ForwardContext, parameter
-from paddledsv4.transformer.linear import Linear
+from paddledsv4.transformer.build import AuxiliaryLosses, Build, ForwardContext
 from paddledsv4.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
 DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16"}
@@ -28,23 +29,6 @@ class Losses:
     mtp_masks: list[Tensor]
 
 
-class Embedding(nn.Layer):
-    """Token embedding: word_embeddings.weight [V, C]."""
-
-    def __init__(self, build: Build):
-        super().__init__()
-        self.ops = build.ops
-        config = build.config
-        self.word_embeddings = nn.Layer()
-        self.word_embeddings.weight = parameter(
-            [config.vocab_size, config.hidden_size], build.dtype, nn.initializer.Normal(0.0, config.initializer_range)
-        )
-
-    def forward(self, input_ids: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[b, s] -> [s, b, C]. ``weight``: one of several copies of the table, see fan_out."""
-        return self.ops.embedding(input_ids, self.word_embeddings.weight if weight is None else weight)
-
-
 def roll_left(x: Tensor) -> Tensor:
     """[b, s] -> [b, s]: every position takes its right neighbour's value, the last one 0."""
     return paddle.concat([x[:, 1:], paddle.zeros_like(x[:, :1])], 1)
@@ -53,22 +37,28 @@ def roll_left(x: Tensor) -> Tensor:
 class DeepseekV4Model(nn.Layer):
     """The whole model. Activations are sequence-first [s, b, ...], tokens and losses [b, s]."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, precision: str = "fp32", groups: Groups = ALONE):
+    def __init__(
+        self, config: ModelConfig, policy: Policy, precision: str = "fp32", groups: Groups = ALONE,
+        sequence_parallel: bool = False,
+    ):
         super().__init__()
         self.config, self.policy = config, policy
-        build = Build(config, policy, DTYPES[precision], groups)
-        self.ops = build.ops
-        self.embedding = Embedding(build.at("embedding"))
+        build = Build(config, policy, DTYPES[precision], groups, sequence_parallel=sequence_parallel)
+        self.ops, self.tensor = build.ops, build.tensor
+        self.embedding = embedding(build.at("embedding"))
         self.decoder = TransformerBlock(build.at("decoder"))
         self.mtp = MultiTokenPredictionBlock(build.at("mtp"))
-        self.output_layer = Linear(build.at("output_layer"), config.hidden_size, config.vocab_size)
+        self.output_layer = ColumnParallelLinear(
+            build.at("output_layer"), config.hidden_size, config.vocab_size, self.tensor.group
+        )
+        self.cross_entropy = cross_entropy(build)
         policy.check_layers(path for path, layer in self.named_sublayers() if hasattr(layer, "ops"))
 
     def forward(self, input_ids: Tensor, losses: AuxiliaryLosses | None = None) -> Tensor:
         """input_ids [b, s] int64 -> logits of the next token [s, b, V]."""
         context = ForwardContext(input_ids, losses or AuxiliaryLosses())
         hidden, _ = self.decoder(self.embedding(input_ids), context)
-        return self.output_layer(hidden)
+        return self.tensor.join(self.output_layer(self.tensor.enter(hidden)))
 
     def losses(self, input_ids: Tensor, labels: Tensor, loss_mask: Tensor, auxiliary: AuxiliaryLosses) -> Losses:
         """input_ids, labels, loss_mask [b, s] -> per-token losses.
@@ -84,10 +74,13 @@ class DeepseekV4Model(nn.Layer):
         for depth, layer in enumerate(self.mtp.layers):
             ids, targets, mask = roll_left(ids), roll_left(targets), roll_left(mask)
             ahead, streams = layer(streams, self.embedding(ids, mtp_tables[depth]), context)
-            mtp.append(self.ops.cross_entropy(self.output_layer(ahead, mtp_heads[depth]), targets))
+            mtp.append(self.token_losses(ahead, mtp_heads[depth], targets))
             masks.append(mask)
-        main = self.ops.cross_entropy(self.output_layer(hidden, head), labels)
-        return Losses(main, loss_mask, mtp, masks)
+        return Losses(self.token_losses(hidden, head, labels), loss_mask, mtp, masks)
+
+    def token_losses(self, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        """hidden [s, b, C] at rest, head [V, C], labels [b, s] -> losses [b, s]."""
+        return self.cross_entropy(self.output_layer(self.tensor.enter(hidden), head), labels)
 
     def learned_routers(self) -> list:
         """Routers whose bias is updated after every step."""

@@ -65,8 +65,10 @@ class TrainConfig(StrictConfig):
 
 
 class ParallelConfig(StrictConfig):
-    """Ranks per kind of parallelism; expert parallelism shares the ranks of data parallelism.
+    """Ranks per kind of parallelism; expert parallelism shares the ranks of the others.
 
+    ``expert_tensor``: over how many ranks each expert is split; as many as ``tensor`` when left out, 1 for whole
+    experts. ``sequence_parallel``: between attention and experts each tensor rank keeps its slice of the sequence.
     ``timeout``: seconds that a rank waits for the others before it gives up.
     """
 
@@ -78,6 +80,8 @@ class ParallelConfig(StrictConfig):
     tensor: Count = 1
     context: Count = 1
     pipeline: Count = 1
+    expert_tensor: Count | None = None
+    sequence_parallel: bool = False
     timeout: Count = 45
 
     @model_validator(mode="after")
@@ -85,6 +89,14 @@ class ParallelConfig(StrictConfig):
         ranks = self.data * self.tensor * self.context * self.pipeline
         if self.world_size != ranks:
             self.reject("world_size", f"must be data x tensor x context x pipeline = {ranks}")
-        if (self.data * self.tensor * self.context) % self.expert:
-            self.reject("expert", f"must divide data x tensor x context ({ranks // self.pipeline})")
+        if self.tensor % self.expert_tensor_size:
+            self.reject("expert_tensor", f"must divide tensor ({self.tensor})")
+        if (self.data * self.tensor * self.context) % (self.expert * self.expert_tensor_size):
+            self.reject("expert", "must divide data x tensor x context / expert_tensor "
+                        f"({ranks // self.pipeline // self.expert_tensor_size})")
         return self
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that split each expert."""
+        return self.expert_tensor or self.tensor

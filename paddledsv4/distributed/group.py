@@ -68,6 +68,8 @@ class Groups:
     data: Group = Group("data")
     expert: Group = Group("expert")
     expert_data: Group = Group("expert_data")
+    expert_tensor: Group = Group("expert_tensor")
+    expert_shards: Group = Group("expert_shards")
 
 
 ALONE = Groups()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+import paddle
 from paddle import Tensor
 
 from paddledsv4.distributed.collectives import all_to_all
 from paddledsv4.distributed.group import Group, counts
 from paddledsv4.transformer.build import Build
 
+Assignments = Callable[[Tensor], Tensor]
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -17,6 +20,28 @@ def dispatcher(build: Build) -> Callable[[Experts, Tensor, Tensor, Tensor], Tens
     """The dispatcher for the expert group of this build."""
     group = build.groups.expert
     return local_dispatch if group.size == 1 else AllToAllDispatcher(build.ops, group)
+
+
+def own_assignments(build: Build) -> Assignments:
+    """Which of the assignments in a routing map [T, E] this rank sends to the experts.
+
+    All of them, if experts are split over the same tensor ranks as everything else. If over fewer, tensor ranks, who
+    all know the same tokens, share them out.
+    """
+    tensor, split = build.groups.tensor, build.groups.expert_tensor.size
+    shares, mine = tensor.size // split, tensor.rank // split
+    return all_assignments if shares == 1 else functools.partial(assignments_of_share, shares=shares, mine=mine)
+
+
+def all_assignments(routing_map: Tensor) -> Tensor:
+    """[T, E] -> [T, E]."""
+    return routing_map
+
+
+def assignments_of_share(routing_map: Tensor, shares: int, mine: int) -> Tensor:
+    """[T, E] -> [T, E], false outside the consecutive tokens that are share number ``mine``."""
+    tokens = routing_map.shape[0]
+    return routing_map & (paddle.arange(tokens) * shares // tokens == mine).unsqueeze(1)
 
 
 def local_dispatch(experts: Experts, rows: Tensor, probs: Tensor, tokens_per_expert: Tensor) -> Tensor:

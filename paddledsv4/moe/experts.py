@@ -5,20 +5,24 @@ from __future__ import annotations
 from paddle import Tensor, nn
 
 from paddledsv4.distributed.group import Group
-from paddledsv4.errors import UserError
+from paddledsv4.tensor_parallel.layers import GateAndLinear, RowParallelLinear
+from paddledsv4.tensor_parallel.region import share
 from paddledsv4.transformer.build import Build
-from paddledsv4.transformer.linear import Linear
 
 
 class MLP(nn.Layer):
-    """fc2(swiglu(fc1(x)) * prob): a routed expert with ``prob``, the shared expert without."""
+    """fc2(swiglu(fc1(x)) * prob): a routed expert with ``prob``, the shared expert without.
 
-    def __init__(self, build: Build, intermediate: int):
+    The ranks of ``group`` split the intermediate features, and the output is each one's part of a sum.
+    """
+
+    def __init__(self, build: Build, intermediate: int, group: Group):
         super().__init__()
         self.ops = build.ops
         self.limit = build.config.swiglu_limit
-        self.linear_fc1 = Linear(build.at("linear_fc1"), build.config.hidden_size, 2 * intermediate)
-        self.linear_fc2 = Linear(build.at("linear_fc2"), intermediate, build.config.hidden_size)
+        hidden = build.config.hidden_size
+        self.linear_fc1 = GateAndLinear(build.at("linear_fc1"), hidden, 2 * intermediate, group)
+        self.linear_fc2 = RowParallelLinear(build.at("linear_fc2"), intermediate, hidden, group)
 
     def forward(self, x: Tensor, prob: Tensor | None = None) -> Tensor:
         """x [..., C], prob [...] or None -> [..., C]."""
@@ -31,10 +35,8 @@ def local_experts(experts: int, group: Group) -> range:
     Raises:
         UserError: the experts cannot be shared out equally.
     """
-    if experts % group.size:
-        raise UserError(f"parallel.expert = {group.size}: must divide n_routed_experts ({experts})")
-    share = experts // group.size
-    return range(group.rank * share, (group.rank + 1) * share)
+    each = share(experts, "n_routed_experts", group.size, "expert")
+    return range(group.rank * each, (group.rank + 1) * each)
 
 
 class Experts(nn.Layer):
@@ -43,10 +45,11 @@ class Experts(nn.Layer):
     def __init__(self, build: Build):
         super().__init__()
         self.ops = build.ops
-        config = build.config
+        config, group = build.config, build.groups.expert_tensor
+        share(config.moe_intermediate_size, "moe_intermediate_size", group.size, "expert_tensor")
         local = local_experts(config.n_routed_experts, build.groups.expert)
         # Experts of other ranks are drawn and dropped, so that the initial weights do not depend on the layout.
-        drawn = ((e, MLP(build.at(f"local_experts.{e}"), config.moe_intermediate_size))
+        drawn = ((e, MLP(build.at(f"local_experts.{e}"), config.moe_intermediate_size, group))
                  for e in range(config.n_routed_experts))
         self.local_experts = nn.LayerDict({str(e): expert for e, expert in drawn if e in local})
 

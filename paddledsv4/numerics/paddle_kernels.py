@@ -188,6 +188,12 @@ class PaddleKernels:
         """keys [M, D], index [R, T] -> [R, T, D]."""
         return paddle.gather(keys, index.flatten()).reshape([*index.shape, keys.shape[-1]])
 
+    # -- between ranks
+    @staticmethod
+    def all_reduce(x, group, op="sum"):
+        """A new tensor, the sum or maximum over the ranks of a group; without a gradient."""
+        return x if group.size == 1 else group.all_reduce_(x.contiguous().clone(), op)
+
     # -- whole operations
     @staticmethod
     def embedding(ids, weight):

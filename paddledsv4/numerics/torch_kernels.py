@@ -310,6 +310,11 @@ class TorchKernels:
         everywhere = keys.unsqueeze(0).expand(rows, -1, -1)
         return torch.gather(everywhere, 1, index.unsqueeze(-1).expand(rows, taken, keys.shape[-1]))
 
+    # -- between ranks
+    @staticmethod
+    def all_reduce(x, group, op="sum"):
+        return x if group.size == 1 else to_torch(group.all_reduce_(to_paddle(x.contiguous().clone()), op)).clone()
+
     # -- whole operations
     @staticmethod
     def embedding(ids, weight):

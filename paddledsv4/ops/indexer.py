@@ -6,6 +6,7 @@ import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
 
+from paddledsv4.distributed.group import ALONE, Group
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.attention_segments import NEVER, Compressed, causal_mask
@@ -84,7 +85,7 @@ def paddle_indexer_topk(scores: Tensor, topk: int, ratio: int) -> Tensor:
     return paddle.where(index < complete, index, paddle.full_like(index, -1)).astype("int32")
 
 
-def _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse) -> Tensor:
+def _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse, heads_of) -> Tensor:
     """[b, s, g or K]: attention weights of the compressed entries, summed over heads, normalised per query.
 
     ``sparse`` restricts the softmax's compressed part to the selected entries and returns those K only.
@@ -106,7 +107,7 @@ def _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse
         weights = paddle.exp(scores[1] - top)
         total = total + row_sum(weights)
         targets.append((weights / total).sum(2))
-    target = paddle.concat(targets, 1)[:, :s]
+    target = heads_of.all_reduce_(paddle.concat(targets, 1)[:, :s].contiguous())
     return target / target.sum(-1, keepdim=True).clip(min=1.1754944e-38)
 
 
@@ -122,15 +123,17 @@ def _divergence(scores: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, T
 @differentiable
 def paddle_indexer_loss(
     scores: Tensor, query: Tensor, kv: Tensor, compressed: Tensor, sink: Tensor, selected: Tensor,
-    window: int, ratio: int, scale: float, coeff: float, sparse: bool,
+    window: int, ratio: int, scale: float, coeff: float, sparse: bool, heads_of: Group = ALONE.tensor,
 ):
     """scores [b, s, g], then what sparse_attention takes -> loss [1]. Only the scores get a gradient.
+
+    ``heads_of``: the ranks that have a part of the attention's heads each, as query and sink do.
 
     loss = coeff / (b s) sum over queries of KL(teacher || softmax of the scores), both over the selected entries
     (``sparse``) or over all complete ones. Queries without an entry count in b s.
     """
     b, s, groups = scores.shape
-    target = _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse)
+    target = _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse, heads_of)
     if sparse:
         index = selected.clip(min=0).astype("int64")
         student, mask = paddle.take_along_axis(scores, index, 2), (selected < 0).astype(scores.dtype) * NEVER
@@ -151,7 +154,7 @@ def paddle_indexer_loss(
 @indexer_loss.variant("plain", "dense masks over all entries, differentiated by autograd")
 def plain_indexer_loss(
     scores: Tensor, query: Tensor, kv: Tensor, compressed: Tensor, sink: Tensor, selected: Tensor,
-    window: int, ratio: int, scale: float, coeff: float, sparse: bool,
+    window: int, ratio: int, scale: float, coeff: float, sparse: bool, heads_of: Group = ALONE.tensor,
 ) -> Tensor:
     b, s, groups = scores.shape
     with paddle.no_grad():
@@ -163,5 +166,6 @@ def plain_indexer_loss(
         rest = widen(sink).reshape([1, 1, -1, 1]).expand([b, s, q.shape[2], 1])
         p = F.softmax(paddle.concat([near, rest, far], -1), -1)[..., -groups:].sum(2)
         p = p * (mask == 0).astype(p.dtype)  # Paddle's CPU softmax gives masked entries exp(-64), not zero
+        p = heads_of.all_reduce_(p)
         target = p / p.sum(-1, keepdim=True).clip(min=1.1754944e-38)
     return (_divergence(scores, target, mask)[0].sum() * (coeff / (b * s))).reshape([1])

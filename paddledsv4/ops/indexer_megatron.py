@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paddledsv4.distributed.group import ALONE
 from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.ops.indexer import indexer_loss, indexer_score, indexer_topk, indexer_weights
 from paddledsv4.ops.sparse_attention import index_list
@@ -69,7 +70,7 @@ def window_log_mass(K, query, kv, sink, window, scale):
     return K.contiguous(K.permute(K.cat(parts, 0).reshape([b, s, heads]), 0, 2, 1))
 
 
-def teacher(K, query, kv, compressed, sink, visible, window, scale):
+def teacher(K, query, kv, compressed, sink, visible, window, scale, heads_of):
     """[b, s, g]: the attention's own weights of the visible entries, summed over heads, normalised per query."""
     s, b, heads, d = query.shape
     groups = compressed.shape[0]
@@ -81,7 +82,7 @@ def teacher(K, query, kv, compressed, sink, visible, window, scale):
     scores = K.masked_fill(scores, hidden, float("-inf"))
     mass = K.logaddexp(window_log_mass(K, query, kv, sink, window, scale), K.logsumexp(scores, -1))
     p = K.masked_fill(K.exp(scores - mass.unsqueeze(-1)), hidden, 0.0)
-    target = K.sum(p, 1)
+    target = K.all_reduce(K.sum(p, 1), heads_of)
     return target / K.clamp(K.sum(target, -1, keepdim=True), TINY, None)
 
 
@@ -99,13 +100,14 @@ def student(K, scores, visible):
 
 
 @megatron_order(indexer_loss, "dense masks; gradient (student - target) c on visible entries", explicit=True)
-def megatron_indexer_loss(K, scores, query, kv, compressed, sink, selected, window, ratio, scale, coeff, sparse):
+def megatron_indexer_loss(K, scores, query, kv, compressed, sink, selected, window, ratio, scale, coeff, sparse,
+                          heads_of=ALONE.tensor):
     b, s, groups = scores.shape
     visible = complete(K, s, groups, ratio, like=scores).unsqueeze(0).expand([b, s, groups])
     if sparse:
         chosen = K.sum(K.one_hot(K.cast(selected, "int64") + 1, groups + 1), 2)[:, :, 1:]
         visible = K.logical_and(visible, chosen > 0)
-    target = teacher(K, query, kv, compressed, sink, visible, window, scale)
+    target = teacher(K, query, kv, compressed, sink, visible, window, scale, heads_of)
     p, log_p = student(K, scores, visible)
     kl = K.sum(target * (K.log(K.clamp(target, LOG_FLOOR, None)) - log_p), -1)
 

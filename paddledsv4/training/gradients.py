@@ -12,31 +12,46 @@ from paddle import Tensor, nn
 from paddledsv4.distributed.group import Group, Groups
 from paddledsv4.moe.experts import Experts
 from paddledsv4.ops.precision import accumulate_dtype, widen
+from paddledsv4.weights.shards import split_of
 
 Named = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters, in the model's order, that the ranks of ``replicas`` share and those of ``shards`` divide."""
+    """Parameters, in the model's order, that the ranks of ``replicas`` share and those of ``shards`` divide.
+
+    Some of them all ranks of ``shards`` may hold as well; ``counted`` are the names that this rank adds to the norm.
+    """
 
     named: Named
     replicas: Group
     shards: Group
+    counted: frozenset[str]
 
 
 def parts(model: nn.Layer, groups: Groups) -> list[Part]:
-    """The dense parameters; then, with expert parallelism, the experts."""
+    """The dense parameters; then the experts, if other ranks share them."""
     named = list(model.named_parameters())
-    if groups.expert.size == 1:
-        return [Part(named, groups.replicas, groups.tensor)]
+    counted = frozenset(name for name, _ in named if groups.tensor.rank == 0 or split_of(name))
+    if groups.expert_data.ranks == groups.replicas.ranks:
+        return [Part(named, groups.replicas, groups.tensor, counted)]
     layers = [layer for layer in model.sublayers() if isinstance(layer, Experts)]
     experts = {id(p) for layer in layers for p in layer.parameters()}
     dense = [(name, p) for name, p in named if id(p) not in experts]
     return [
-        Part(dense, groups.replicas, groups.tensor),
-        Part([(name, p) for name, p in named if id(p) in experts], groups.expert_data, groups.expert),
+        Part(dense, groups.replicas, groups.tensor, counted),
+        Part([(name, p) for name, p in named if id(p) in experts], groups.expert_data, groups.expert_shards, counted),
     ]
+
+
+def sum_slices(gradients: Sequence[Tensor], group: Group) -> None:
+    """Sum, in place, the gradients to which each tensor rank contributes a slice of the sequence."""
+    if group.size == 1 or not gradients:
+        return
+    total = group.all_reduce_(paddle.concat([g.flatten() for g in gradients]))
+    for g, part in zip(gradients, paddle.split(total, [g.size for g in gradients]), strict=True):
+        g.zero_().add_(part.reshape(g.shape))  # in place: a gradient is a view of a buffer
 
 
 def total_norm(groups: Sequence[Group], norms: Sequence[float], dtype) -> float:
@@ -66,7 +81,7 @@ class MainGradients:
         self.views: dict[str, Tensor] = {}
         self.buffers: list[tuple[Tensor, Group]] = []
         for part in parts:
-            if ranks == 1:
+            if ranks == part.replicas.size == 1:
                 self.views |= {name: paddle.zeros(p.shape, widen(p).dtype) for name, p in part.named}
                 continue
             for dtype in dict.fromkeys(p.dtype for _, p in part.named):

@@ -10,7 +10,8 @@ from paddle import Tensor, nn
 from paddledsv4.config import TrainConfig
 from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.ops.precision import widen
-from paddledsv4.training.gradients import MainGradients, Named, parts, total_norm
+from paddledsv4.training.gradients import MainGradients, Named, parts, sum_slices, total_norm
+from paddledsv4.weights.shards import on_slices
 
 
 @dataclass
@@ -31,10 +32,12 @@ class Optimizer:
     """Order of the parameters: those with two or more dimensions (decayed), then the others (not decayed).
 
     The global norm is taken in that order (spec section 13), of dense and expert parameters apart where experts are
-    spread over ranks.
+    spread over ranks. ``sequence_parallel``: as the model was built.
     """
 
-    def __init__(self, model: nn.Layer, train: TrainConfig, groups: Groups = ALONE):
+    def __init__(
+        self, model: nn.Layer, train: TrainConfig, groups: Groups = ALONE, sequence_parallel: bool = False
+    ):
         self.ops = model.ops
         self.config, self.clip = train.optimizer, train.clip_grad_norm
         self.step_count = 0
@@ -42,7 +45,13 @@ class Optimizer:
         self.gradients = MainGradients(pieces, groups.replicas.size)
         self.parts = [[self._state(*named) for named in _decayed_first(piece.named)] for piece in pieces]
         self.shards = [piece.shards for piece in pieces]
+        self.counted = [
+            [state.main_grad for state in part if state.name in piece.counted]
+            for part, piece in zip(self.parts, pieces, strict=True)
+        ]
         self.states = [state for part in self.parts for state in part]
+        self.tensor = groups.tensor
+        self.sliced = [s.main_grad for s in self.states if sequence_parallel and on_slices(s.name)]
 
     def _state(self, name: str, parameter: Tensor) -> ParameterState:
         decay = self.config.weight_decay if parameter.ndim >= 2 else 0.0
@@ -61,7 +70,8 @@ class Optimizer:
         """Average over ranks, clip, update every parameter, zero the main gradients. Returns the norm before clipping.
         """
         self.gradients.average()
-        norms = [self.ops.grad_norm([state.main_grad for state in part]) for part in self.parts]
+        sum_slices(self.sliced, self.tensor)
+        norms = [self.ops.grad_norm(gradients) for gradients in self.counted]
         norm = total_norm(self.shards, norms, self.states[0].main_grad.dtype)
         coefficient = self.clip / (norm + 1e-6) if self.clip else 1.0
         self.step_count += 1

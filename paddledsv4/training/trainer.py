@@ -19,6 +19,7 @@ from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.training.schedule import learning_rate
 from paddledsv4.training.step import StepResult, train_step
 from paddledsv4.weights.load import expert_index, load_megatron_state, weights_md5, without_other_experts
+from paddledsv4.weights.shards import shards_of_rank, split_of
 
 
 class Trainer:
@@ -54,14 +55,20 @@ class Trainer:
         paddle.seed(train.seed)
         self.train_config, self.policy, self.tokens, self.precision = train, policy, tokens, precision
         self.parallel, self.groups = parallel or ParallelConfig(), groups
-        for name in ("tensor", "context"):
-            if getattr(self.parallel, name) > 1:
-                self.parallel.reject(name, "must be 1: there are no layers for it yet; use data and expert parallelism")
-        self.model = DeepseekV4Model(model, policy, precision, groups)
+        if self.parallel.context > 1:
+            self.parallel.reject("context", "must be 1: there are no layers for it yet; use the other kinds")
+        sequence_parallel = self.parallel.sequence_parallel and groups.tensor.size > 1
+        if sequence_parallel and train.sequence_length % groups.tensor.size:
+            self.parallel.reject(
+                "sequence_parallel",
+                f"tensor ({groups.tensor.size}) must divide training.sequence_length ({train.sequence_length})",
+            )
+        self.model = DeepseekV4Model(model, policy, precision, groups, sequence_parallel)
         if initial_state is not None:
             here = local_experts(model.n_routed_experts, groups.expert)
-            load_megatron_state(self.model, without_other_experts(initial_state, here, model.n_routed_experts))
-        self.optimizer = Optimizer(self.model, train, groups)
+            experts_here = without_other_experts(initial_state, here, model.n_routed_experts)
+            load_megatron_state(self.model, shards_of_rank(experts_here, groups))
+        self.optimizer = Optimizer(self.model, train, groups, sequence_parallel)
         if groups.world.size > 1:
             self.check_ranks()
 
@@ -79,8 +86,10 @@ class Trainer:
             "the precision": self.precision,
             "the token table": f"{self.tokens.shape} {self.tokens.dtype}".encode() + rows.tobytes(),
         })
-        check_same(self.groups.replicas, {"the weights": weights_md5(self.model, lambda n: expert_index(n) is None)})
-        check_same(self.groups.expert_data, {"the experts' weights": weights_md5(self.model)})
+        model, groups = self.model, self.groups
+        check_same(groups.replicas, {"the weights": weights_md5(model, is_dense)})
+        check_same(groups.tensor, {"the weights": weights_md5(model, lambda n: is_dense(n) and not split_of(n))})
+        check_same(groups.expert_data, {"the experts' weights": weights_md5(model, lambda n: not is_dense(n))})
 
     def train(self, steps: int) -> Iterator[StepResult]:
         """Steps 1 to ``steps``, one result each."""
@@ -96,3 +105,8 @@ class Trainer:
     def weights_md5(self) -> str:
         """MD5 over the raw bytes of all parameters in sorted name order."""
         return weights_md5(self.model)
+
+
+def is_dense(name: str) -> bool:
+    """Whether a parameter belongs to no routed expert."""
+    return expert_index(name) is None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from paddle import Tensor, nn
 
+from paddledsv4.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, shard
 from paddledsv4.transformer.build import Build, ForwardContext, constant, parameter
 from paddledsv4.transformer.compressor import Compressor
 from paddledsv4.transformer.indexer import Indexer
 from paddledsv4.transformer.linear import Linear
 from paddledsv4.transformer.norm import RMSNorm
 from paddledsv4.transformer.rotary import RotaryEmbedding
+from paddledsv4.weights.shards import ROWS
 
 
 class CoreAttention(nn.Layer):
@@ -17,10 +19,11 @@ class CoreAttention(nn.Layer):
 
     def __init__(self, build: Build, ratio: int, rotary: RotaryEmbedding):
         super().__init__()
-        self.ops = build.ops
+        self.ops, self.tensor = build.ops, build.tensor
         config = build.config
         self.ratio, self.window, self.scale = ratio, config.sliding_window, config.head_dim**-0.5
-        self.attn_sink = constant([config.num_attention_heads], build.wide_dtype, 0.0)
+        heads = self.tensor.share(config.num_attention_heads, "num_attention_heads")
+        self.attn_sink = constant([heads], build.wide_dtype, 0.0)
         self.compressor = Compressor(build.at("compressor"), ratio, config.head_dim, rotary) if ratio else None
         self.indexer = Indexer(build.at("indexer"), ratio, rotary) if ratio == 4 else None
 
@@ -33,7 +36,7 @@ class CoreAttention(nn.Layer):
     ) -> Tensor:
         """query [s, b, H, D], kv [s, b, D], x two copies of [s, b, C] for the compressor (none if it has nothing to
         compress), q_lora [s, b, R] -> [s, b, H*D]."""
-        compressed = self.compressor(*x) if x else None
+        compressed = self.tensor.copy(self.compressor(*x)) if x else None
         scores = selected = None
         if self.indexer is not None and x:
             scores, selected = self.indexer(x[0], q_lora)
@@ -45,43 +48,51 @@ class CoreAttention(nn.Layer):
             loss = self.ops.indexer_loss(
                 scores, query.detach(), kv.detach(), compressed.detach(), self.attn_sink.detach(), selected,
                 window=self.window, ratio=self.ratio, scale=self.scale,
-                coeff=losses.indexer_coeff, sparse=losses.indexer_sparse,
+                coeff=losses.indexer_coeff, sparse=losses.indexer_sparse, heads_of=self.tensor.group,
             )
             out = self.ops.attach_loss(out, loss, losses.indexer_seed)
         return out
 
 
 class Attention(nn.Layer):
-    """Low-rank queries, one shared key-value head, rotary positions, grouped low-rank output."""
+    """Low-rank queries, one shared key-value head, rotary positions, grouped low-rank output.
+
+    Tensor ranks split heads and output groups; what all heads share, every rank computes.
+    """
 
     def __init__(self, build: Build, ratio: int):
         super().__init__()
-        self.ops = build.ops
+        self.ops, self.tensor = build.ops, build.tensor
         config = build.config
-        self.heads, self.head_dim, self.groups = config.num_attention_heads, config.head_dim, config.o_groups
+        self.heads = self.tensor.share(config.num_attention_heads, "num_attention_heads")
+        self.head_dim, self.groups = config.head_dim, self.tensor.share(config.o_groups, "o_groups")
         self.eps = config.rms_norm_eps
         self.rotary = RotaryEmbedding.for_ratio(config, ratio)
         self.rotary_dtype = build.wide_dtype
-        hidden, width, low_rank = config.hidden_size, self.heads * self.head_dim, self.groups * config.o_lora_rank
+        width, low_rank = config.num_attention_heads * self.head_dim, config.o_groups * config.o_lora_rank
+        hidden, group = config.hidden_size, self.tensor.group
         normal = nn.initializer.Normal(0.0, config.initializer_range)
-        self.linear_o_group_proj = parameter([low_rank, width // self.groups], build.dtype, normal)
+        full = parameter([low_rank, width // config.o_groups], build.dtype, normal)
+        self.linear_o_group_proj = shard(full, ROWS, group)
         self.core_attention = CoreAttention(build.at("core_attention"), ratio, self.rotary)
-        self.linear_proj = Linear(build.at("linear_proj"), low_rank, hidden)
+        self.linear_proj = RowParallelLinear(build.at("linear_proj"), low_rank, hidden, group)
         self.linear_q_down_proj = Linear(build.at("linear_q_down_proj"), hidden, config.q_lora_rank)
-        self.linear_q_up_proj = Linear(build.at("linear_q_up_proj"), config.q_lora_rank, width)
+        self.linear_q_up_proj = ColumnParallelLinear(build.at("linear_q_up_proj"), config.q_lora_rank, width, group)
         self.linear_kv_proj = Linear(build.at("linear_kv_proj"), hidden, self.head_dim)
         self.kv_layernorm = RMSNorm(build.at("kv_layernorm"), self.head_dim)
         self.q_layernorm = RMSNorm(build.at("q_layernorm"), config.q_lora_rank)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """x [s, b, C] -> [s, b, C]."""
+        x = self.tensor.gather(x)
         s, b, _ = x.shape
         cos, sin = self.rotary.table(self.ops, s, self.rotary_dtype)
         to_q, to_kv, *to_compressor = self.ops.fan_out(x, 4 if self.core_attention.compresses(s) else 2)
         q_lora = self.q_layernorm(self.linear_q_down_proj(to_q))
-        query = self.linear_q_up_proj(q_lora).reshape([s, b, self.heads, self.head_dim])
+        query = self.linear_q_up_proj(self.tensor.copy(q_lora)).reshape([s, b, self.heads, self.head_dim])
         query = self.ops.rope(self.ops.head_norm(query, self.eps), cos, sin)
         kv = self.ops.rope(self.kv_layernorm(self.linear_kv_proj(to_kv)), cos, sin)
-        out = self.core_attention(query, kv, tuple(to_compressor), q_lora, context)
+        out = self.core_attention(query, self.tensor.copy(kv), tuple(to_compressor), q_lora, context)
         out = self.ops.rope(out.reshape(query.shape), cos, sin, inverse=True).reshape([s, b, -1])
-        return self.linear_proj(self.ops.grouped_linear(out, self.linear_o_group_proj, groups=self.groups))
+        out = self.linear_proj(self.ops.grouped_linear(out, self.linear_o_group_proj, groups=self.groups))
+        return self.tensor.leave(out)

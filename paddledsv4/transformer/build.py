@@ -13,17 +13,19 @@ from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.ops.precision import accumulate_dtype
+from paddledsv4.tensor_parallel.region import OneRank, region
 
 
 @dataclass(frozen=True)
 class Build:
-    """Config, numeric policy, parameter dtype and groups of ranks, with the path of the layer being built."""
+    """Config, numeric policy, parameter dtype and layout of ranks, with the path of the layer being built."""
 
     config: ModelConfig
     policy: Policy
     dtype: str = "float32"
     groups: Groups = ALONE
     path: str = ""
+    sequence_parallel: bool = False
 
     def at(self, name: str) -> Build:
         """The same for the child ``name``."""
@@ -33,6 +35,11 @@ class Build:
     def ops(self) -> SimpleNamespace:
         """The ops of this layer, resolved: ``ops.rms_norm(x, weight, eps)``."""
         return self.policy.ops(self.path, emulate_bfloat16=needs_emulation(self.dtype))
+
+    @property
+    def tensor(self) -> OneRank:
+        """Where tensor ranks part and meet."""
+        return region(self.groups.tensor, self.sequence_parallel)
 
     @property
     def wide_dtype(self) -> str:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 from reference import tiny_configs
 
 from paddledsv4.config import ParallelConfig
+from paddledsv4.distributed.connect import join
+from paddledsv4.distributed.gloo import GlooBackend, GlooGroup
 from paddledsv4.distributed.group import ALONE, Groups
+from paddledsv4.distributed.launch import Launch
+from paddledsv4.distributed.topology import rank_groups
+from paddledsv4.errors import UserError
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.training.trainer import Trainer
 from paddledsv4.weights.load import named_tensors
+from paddledsv4.weights.shards import gather_full
 
 
 @dataclass
 class Trained:
-    """Losses by step, microbatch and rank; gradient norms; parameters and biases by name."""
+    """Losses by step, microbatch and rank; gradient norms; parameters and biases by name, and the parameters' mean
+    gradients (Adam's first moment). Parameters that tensor ranks split are joined."""
 
     losses: list[tuple[float, float]]
     norms: list[float]
     state: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
 
 
 def configs(**changes):
@@ -48,8 +59,9 @@ def trained(steps: int, *arguments, **changes) -> Trained:
     if runner.groups.world.size > 1:
         runner.check_ranks()  # they still share their weights
     losses = [(loss.main, loss.mtp) for result in results for loss in result.losses]
-    state = {name: tensor.numpy() for name, tensor in named_tensors(runner.model).items()}
-    return Trained(losses, [result.grad_norm for result in results], state)
+    state = gather_full(named_tensors(runner.model), runner.groups)
+    moments = gather_full({state.name: state.m for state in runner.optimizer.states}, runner.groups)
+    return Trained(losses, [result.grad_norm for result in results], state, moments)
 
 
 @functools.cache
@@ -60,3 +72,20 @@ def on_one_card(steps: int, preset: str, precision: str, ranks: int, **changes) 
 
 def on_many(steps: int, preset: str, precision: str, groups: Groups, parallel: ParallelConfig, **changes) -> Trained:
     return trained(steps, preset, precision, groups, parallel, gradient_accumulation_steps=1, **changes)
+
+
+def groups_of(parallel: ParallelConfig, world: GlooGroup) -> Groups:
+    """The groups of another layout over the processes of ``world``; every rank calls it in the same order."""
+    backend = object.__new__(GlooBackend)  # the one that made ``world`` is connected already
+    backend.launch, backend.limit, backend.watchdog = Launch.from_env(), timedelta(seconds=60), world.watchdog
+    return join(backend, rank_groups(parallel), world.rank)
+
+
+def seen(bug: str, plant: contextlib.AbstractContextManager, check: Callable[[], None]) -> None:
+    """Raise unless ``check`` fails while the bug is planted."""
+    with plant:
+        try:
+            check()
+        except (AssertionError, UserError):
+            return
+    raise RuntimeError(f"not seen: {bug}")

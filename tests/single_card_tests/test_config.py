@@ -198,6 +198,13 @@ def test_parallel_sizes_agree():
     assert ParallelConfig(world_size=8, data=8, expert=8).expert == 8
     assert "parallel.world_size = 4" in error_of(ParallelConfig, world_size=4, data=2)
     assert "parallel.expert = 3" in error_of(ParallelConfig, world_size=4, data=4, expert=3)
+    assert "parallel.expert_tensor = 3: must divide tensor (2)" in error_of(
+        ParallelConfig, world_size=2, tensor=2, expert_tensor=3
+    )
+    assert "data x tensor x context / expert_tensor (2)" in error_of(
+        ParallelConfig, world_size=4, data=2, tensor=2, expert=4
+    )
+    assert ParallelConfig(world_size=4, data=2, tensor=2, expert=4, expert_tensor=1).expert_tensor_size == 1
 
 
 # -- files ------------------------------------------------------------------------------------------------

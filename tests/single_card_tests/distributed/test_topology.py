@@ -17,7 +17,7 @@ ENVIRONMENT = {
 
 def test_megatrons_order():
     """tensor fastest, then context, then data; experts over neighbours."""
-    groups = rank_groups(ParallelConfig(world_size=8, tensor=2, context=2, data=2, expert=4))
+    groups = rank_groups(ParallelConfig(world_size=8, tensor=2, context=2, data=2, expert=4, expert_tensor=1))
     assert groups["world"] == [tuple(range(8))]
     assert groups["tensor"] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert groups["context"] == [(0, 2), (1, 3), (4, 6), (5, 7)]
@@ -25,11 +25,22 @@ def test_megatrons_order():
     assert groups["replicas"] == [(0, 2, 4, 6), (1, 3, 5, 7)]
     assert groups["expert"] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert groups["expert_data"] == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert groups["expert_shards"] == groups["expert"] and len(groups["expert_tensor"]) == 8
     assert group_of(5, groups["context"]) == (5, 7)
 
 
+def test_experts_are_split_like_the_rest_unless_the_layout_says_otherwise():
+    """Expert tensor ranks are neighbours, then come the ranks that hold other experts."""
+    groups = rank_groups(ParallelConfig(world_size=8, tensor=2, data=4, expert=2))
+    assert groups["expert_tensor"] == groups["tensor"] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert groups["expert"] == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert groups["expert_shards"] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert groups["expert_data"] == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
 @pytest.mark.parametrize(
-    "sizes", [{"data": 4, "expert": 2}, {"data": 4, "expert": 4}, {"data": 2, "tensor": 3}, {"context": 4, "expert": 2}]
+    "sizes", [{"data": 4, "expert": 2}, {"data": 4, "expert": 4}, {"data": 2, "tensor": 3}, {"context": 4, "expert": 2},
+     {"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2}]
 )
 def test_every_kind_shares_out_all_ranks(sizes):
     world = sizes.get("data", 1) * sizes.get("tensor", 1) * sizes.get("context", 1)
