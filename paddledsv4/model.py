@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.config import ModelConfig
@@ -45,11 +44,6 @@ class Embedding(nn.Layer):
         return self.ops.embedding(input_ids, self.word_embeddings.weight if weight is None else weight)
 
 
-def roll_left(x: Tensor) -> Tensor:
-    """[b, s] -> [b, s]: every position takes its right neighbour's value, the last one 0."""
-    return paddle.concat([x[:, 1:], paddle.zeros_like(x[:, :1])], 1)
-
-
 class DeepseekV4Model(nn.Layer):
     """The whole model. Activations are sequence-first [s, b, ...], tokens and losses [b, s]."""
 
@@ -57,6 +51,7 @@ class DeepseekV4Model(nn.Layer):
         super().__init__()
         self.config, self.policy = config, policy
         build = Build(config, policy, DTYPES[precision], groups)
+        self.context_group = groups.context
         self.ops = build.ops
         self.embedding = Embedding(build.at("embedding"))
         self.decoder = TransformerBlock(build.at("decoder"))
@@ -66,7 +61,7 @@ class DeepseekV4Model(nn.Layer):
 
     def forward(self, input_ids: Tensor, losses: AuxiliaryLosses | None = None) -> Tensor:
         """input_ids [b, s] int64 -> logits of the next token [s, b, V]."""
-        context = ForwardContext(input_ids, losses or AuxiliaryLosses())
+        context = ForwardContext(input_ids, losses or AuxiliaryLosses(), self.context_group)
         hidden, _ = self.decoder(self.embedding(input_ids), context)
         return self.output_layer(hidden)
 
@@ -75,14 +70,14 @@ class DeepseekV4Model(nn.Layer):
 
         MTP depth k predicts the token k places after the label: ids, labels and mask roll left once per depth.
         """
-        context, uses = ForwardContext(input_ids, auxiliary), 1 + len(self.mtp.layers)
+        context, uses = ForwardContext(input_ids, auxiliary, self.context_group), 1 + len(self.mtp.layers)
         table, *mtp_tables = self.ops.fan_out(self.embedding.word_embeddings.weight, uses)
         *mtp_heads, head = self.ops.fan_out(self.output_layer.weight, uses)
         hidden, streams = self.decoder(self.embedding(input_ids, table), context)
         mtp, masks = [], []
         ids, targets, mask = input_ids, labels, loss_mask
         for depth, layer in enumerate(self.mtp.layers):
-            ids, targets, mask = roll_left(ids), roll_left(targets), roll_left(mask)
+            ids, targets, mask = (context.sequence.roll_left(x) for x in (ids, targets, mask))
             ahead, streams = layer(streams, self.embedding(ids, mtp_tables[depth]), context)
             mtp.append(self.ops.cross_entropy(self.output_layer(ahead, mtp_heads[depth]), targets))
             masks.append(mask)

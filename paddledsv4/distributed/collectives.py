@@ -26,6 +26,13 @@ def all_gather(x: Tensor, group: Group):
 
 
 @differentiable
+def gather_constants(x: Tensor, group: Group):
+    """x [n, ...] -> [size * n, ...] by rank; only this rank's own rows get a gradient, and nothing is sent for it."""
+    own = slice(group.rank * x.shape[0], (group.rank + 1) * x.shape[0])
+    return group.all_gather(x), lambda dy: (dy[own],)
+
+
+@differentiable
 def reduce_scatter(x: Tensor, group: Group):
     """x [size * n, ...] -> [n, ...], summed over ranks; the gradient is gathered."""
     return group.reduce_scatter(x), lambda dy: (group.all_gather(dy.contiguous()),)

@@ -31,8 +31,10 @@ class Router(nn.Layer):
         probs, routing_map = self.ops.router_probs(scores, index, self.scaling, self.normalise)
         losses = context.losses
         if losses.sequence_coeff:
-            loss = self.ops.sequence_aux_loss(logits, x.shape[1], self.topk, losses.sequence_coeff)
-            probs = self.ops.attach_loss(probs, loss, losses.seed)
+            sequence = context.sequence
+            whole = sequence.gather_constants(logits)
+            loss = self.ops.sequence_aux_loss(whole, x.shape[1], self.topk, losses.sequence_coeff)
+            probs = self.ops.attach_loss(probs, loss, losses.seed * sequence.ranks)
         return probs, routing_map
 
 

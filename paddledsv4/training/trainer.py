@@ -9,6 +9,7 @@ import paddle
 
 from paddledsv4.config import ModelConfig, ParallelConfig, TrainConfig
 from paddledsv4.distributed.connect import check_same
+from paddledsv4.distributed.context_parallel import check_slices
 from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.errors import UserError
 from paddledsv4.model import DTYPES, DeepseekV4Model
@@ -54,9 +55,9 @@ class Trainer:
         paddle.seed(train.seed)
         self.train_config, self.policy, self.tokens, self.precision = train, policy, tokens, precision
         self.parallel, self.groups = parallel or ParallelConfig(), groups
-        for name in ("tensor", "context"):
-            if getattr(self.parallel, name) > 1:
-                self.parallel.reject(name, "must be 1: there are no layers for it yet; use data and expert parallelism")
+        if self.parallel.tensor > 1:
+            self.parallel.reject("tensor", "must be 1: there are no layers for it yet; use another kind of parallelism")
+        check_slices(train, self.parallel)
         self.model = DeepseekV4Model(model, policy, precision, groups)
         if initial_state is not None:
             here = local_experts(model.n_routed_experts, groups.expert)
@@ -88,7 +89,8 @@ class Trainer:
             yield train_step(
                 self.model, self.optimizer, self.train_config, step,
                 lambda index, step=step: batches(
-                    self.tokens, step - 1, index, self.groups.data.rank, self.train_config, self.parallel
+                    self.tokens, step - 1, index, self.groups.data.rank, self.train_config, self.parallel,
+                    self.groups.context.rank,
                 ),
                 learning_rate(self.train_config.optimizer, step, self.train_config.steps), self.groups,
             )
