@@ -12,7 +12,7 @@ from __future__ import annotations
 import paddle
 from paddle import Tensor
 
-from paddledsv4.config import ParallelConfig, TrainConfig
+from paddledsv4.config import ModelConfig, ParallelConfig, TrainConfig
 from paddledsv4.distributed.collectives import all_gather, gather_constants
 from paddledsv4.distributed.group import Group
 
@@ -63,11 +63,13 @@ class SequenceSlice:
         return count.item() * self.ranks / max(total.item(), 1.0)
 
 
-def check_slices(train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Whether sequences can be cut into equal slices.
+def check_sequences(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig) -> None:
+    """Whether the model has so many positions, and sequences can be cut into equal slices.
 
     Raises:
-        UserError: they cannot.
+        UserError: it has not, or they cannot.
     """
+    if train.sequence_length > model.max_positions:
+        train.reject("sequence_length", f"must be at most the {model.max_positions} positions of the model")
     if train.sequence_length % parallel.context:
         train.reject("sequence_length", f"must be divisible by parallel.context ({parallel.context})")

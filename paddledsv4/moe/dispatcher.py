@@ -49,8 +49,9 @@ class SliceDispatcher:
 
     def _extend(self, rows: Tensor, sizes: Tensor, more: Tensor) -> Tensor:
         """Blocks of so many rows, zeros behind each."""
-        blocks = zip(self.ops.split_rows(rows, counts(sizes)), counts(more), strict=True)
-        return self.ops.concat_rows(*(x for block, n in blocks for x in (block, zeros([n, *rows.shape[1:]], rows.dtype))))
+        empty = (zeros([n, *rows.shape[1:]], rows.dtype) for n in counts(more))
+        blocks = zip(self.ops.split_rows(rows, counts(sizes)), empty, strict=True)
+        return self.ops.concat_rows(*(x for pair in blocks for x in pair))
 
 
 class AllToAllDispatcher:

@@ -9,7 +9,7 @@ import paddle
 
 from paddledsv4.config import ModelConfig, ParallelConfig, TrainConfig
 from paddledsv4.distributed.connect import check_same
-from paddledsv4.distributed.context_parallel import check_slices
+from paddledsv4.distributed.context_parallel import check_sequences
 from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.errors import UserError
 from paddledsv4.model import DTYPES, DeepseekV4Model
@@ -57,7 +57,7 @@ class Trainer:
         self.parallel, self.groups = parallel or ParallelConfig(), groups
         if self.parallel.tensor > 1:
             self.parallel.reject("tensor", "must be 1: there are no layers for it yet; use another kind of parallelism")
-        check_slices(train, self.parallel)
+        check_sequences(model, train, self.parallel)
         self.model = DeepseekV4Model(model, policy, precision, groups)
         if initial_state is not None:
             here = local_experts(model.n_routed_experts, groups.expert)
