@@ -1,7 +1,8 @@
 """Context parallelism: every rank of a context group holds a contiguous slice of every sequence.
 
-Layers work on the tokens of their slice. Where a token looks at others, what it looks at is gathered; where the
-position matters, the slice says where it starts. On one rank the slice is the sequence and all of it is the identity.
+Layers work on the tokens of their slice. Where a token looks at others, they are sent: those of the sliding window, of
+a group that a border cuts, and all compressed entries. Where the position matters, the slice says where it starts. On
+one rank the slice is the sequence and all of it is the identity.
 
 The loss of a rank is that of its slice. Gradients are averaged over the ranks, so that a mean over the slice becomes
 one over the sequence; :meth:`SequenceSlice.weight` makes up for slices with unequal numbers of tokens.
@@ -13,7 +14,7 @@ import paddle
 from paddle import Tensor
 
 from paddledsv4.config import ModelConfig, ParallelConfig, TrainConfig
-from paddledsv4.distributed.collectives import all_gather, gather_constants
+from paddledsv4.distributed.collectives import redistribute
 from paddledsv4.distributed.group import Group
 
 
@@ -27,22 +28,28 @@ class SequenceSlice:
 
     def __init__(self, group: Group, length: int):
         self.group, self.ranks = group, group.size
+        self.spans = [(rank * length, (rank + 1) * length) for rank in range(group.size)]
         self.start, self.length, self.whole = group.rank * length, length, group.size * length
 
     def local(self, *tables: Tensor) -> tuple[Tensor, ...]:
         """Tables [whole, ...] that every rank has -> the rows of this slice."""
         return tuple(table[self.start : self.start + self.length] for table in tables) if self.ranks > 1 else tables
 
-    def gather(self, x: Tensor) -> Tensor:
-        """x [length, ...] -> [whole, ...]; the gradients of all ranks are summed, each rank gets its rows."""
-        return all_gather(x, group=self.group) if self.ranks > 1 else x
+    def with_previous(self, x: Tensor, before: int) -> Tensor:
+        """x [length, ...] -> [at most before + length, ...]: the rows of this slice behind those that lie ``before``
+        it in the sequence, as far as there are any."""
+        if self.ranks == 1:
+            return x
+        want = [(max(first - before, 0), last) for first, last in self.spans]
+        return redistribute(x, group=self.group, start=self.start, have=self.spans, want=want)
 
-    def gather_constants(self, x: Tensor) -> Tensor:
-        """x [length, ...] -> [whole, ...] where only the rows of this rank are differentiated.
+    def entries(self, ratio: int, overlap: bool) -> Entries:
+        """The compressed entries of this sequence; ``overlap``: each one needs the tokens of the group before too."""
+        return Entries(self, ratio, overlap)
 
-        For a function of the whole sequence that every rank computes: its gradient needs no communication.
-        """
-        return gather_constants(x, group=self.group) if self.ranks > 1 else x
+    def elsewhere(self, x: Tensor) -> Tensor:
+        """x -> its sum over the other slices. Not differentiated."""
+        return self.group.all_reduce_(x.clone()) - x
 
     def roll_left(self, x: Tensor) -> Tensor:
         """x [b, length] -> [b, length]: every position takes its right neighbour's value, the last of this slice the
@@ -59,8 +66,46 @@ class SequenceSlice:
         if self.ranks == 1:
             return 1.0
         count = mask.astype("float64").sum().reshape([1])
-        total = self.group.all_reduce_(count.clone())
+        total = self.elsewhere(count) + count
         return count.item() * self.ranks / max(total.item(), 1.0)
+
+
+class Entries:
+    """The compressed entries of a sequence, one for every ``ratio`` tokens; a slice makes those that end in it.
+
+    A group of tokens may begin before the slice, by several slices even. Slices in which no group ends make one that
+    another slice makes too, and drop it.
+    """
+
+    def __init__(self, sequence: SequenceSlice, ratio: int, overlap: bool):
+        self.sequence, self.ratio, self.whole = sequence, ratio, sequence.whole // ratio
+        self.spans = [(first // ratio, last // ratio) for first, last in sequence.spans]
+        self.made = [self._made(*span, overlap) for span in self.spans]
+        self.first, self.last = self.made[sequence.group.rank]
+
+    def _made(self, first: int, last: int, overlap: bool) -> tuple[int, int]:
+        """What a slice computes: with ``overlap`` the entry before as well, of which the next one needs the tokens."""
+        first = first - 1 if overlap and first else min(first, self.whole - 1)
+        return first, max(last, first + 1)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x [length, ...] of this slice -> the tokens [(last - first) * ratio, ...] of the entries it makes."""
+        if self.sequence.ranks == 1:
+            return x
+        want = [(first * self.ratio, last * self.ratio) for first, last in self.made]
+        sequence = self.sequence
+        return redistribute(x, group=sequence.group, start=sequence.start, have=sequence.spans, want=want)
+
+    def local(self, *tables: Tensor) -> tuple[Tensor, ...]:
+        """Tables [whole, ...] that every rank has -> the rows of the entries that this slice makes."""
+        return tuple(table[self.first : self.last] for table in tables) if self.sequence.ranks > 1 else tables
+
+    def gather(self, made: Tensor) -> Tensor:
+        """The entries that this slice made -> all of the sequence [whole, ...]."""
+        if self.sequence.ranks == 1:
+            return made
+        everything = [(0, self.whole)] * self.sequence.ranks
+        return redistribute(made, group=self.sequence.group, start=self.first, have=self.spans, want=everything)
 
 
 def check_sequences(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig) -> None:

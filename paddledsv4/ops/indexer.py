@@ -93,7 +93,7 @@ def _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse
     """
     s, _, heads, _ = query.shape
     padded = whole_windows(s, window)
-    segments = make_segments(kv, compressed, selected if sparse else None, padded, window, ratio, offset)
+    segments = make_segments(kv, compressed, selected if sparse else None, s, window, ratio, offset)
     q = batch_first(query, padded) * scale
     sink_logit = widen(sink).reshape([1, 1, heads, 1])
     targets = []
@@ -159,7 +159,7 @@ def plain_indexer_loss(
     with paddle.no_grad():
         mask = selection_mask(selected if sparse else None, s, groups, ratio, offset, dtype_name(scores))
         padded = whole_windows(s, window)
-        segments = make_segments(kv, compressed, None, padded, window, ratio, offset)
+        segments = make_segments(kv, compressed, None, s, window, ratio, offset)
         q = batch_first(query, padded) * scale
         near = segments[0].scores(q)[:, :s]
         far = segments[1].cut(0, s).products(q[:, :s]) + mask.unsqueeze(2)

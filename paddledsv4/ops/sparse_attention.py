@@ -35,30 +35,31 @@ def whole_windows(rows: int, window: int) -> int:
     return -(-rows // window) * window
 
 
-def near_keys(kv: Tensor, rows: int, window: int, offset: int) -> tuple[Tensor, int]:
-    """kv [S, b, D] -> [b, window + rows, D] in float32 or wider, from position ``offset - window`` on, zeros outside
-    of the sequence, and how many positions lie before it."""
-    missing = max(window - offset, 0)
-    inside = batch_first(kv[max(offset - window, 0) : offset + rows], window + rows - missing)
+def near_keys(kv: Tensor, queries: int, window: int) -> tuple[Tensor, int]:
+    """kv [n, b, D], whose last rows are those of the queries -> [b, window + rows, D] in float32 or wider: ``window``
+    keys before the first query, then those of the queries, padded to whole windows. Zeros where there is no key; of
+    those before the first query, the second result is the number."""
+    first = kv.shape[0] - queries - window
+    missing = max(-first, 0)
+    inside = batch_first(kv[max(first, 0) :], window + whole_windows(queries, window) - missing)
     before = paddle.zeros([inside.shape[0], missing, inside.shape[2]], inside.dtype)
     return (paddle.concat([before, inside], 1) if missing else inside), missing
 
 
-def near_keys_backward(dkeys: Tensor, kv: Tensor, window: int, offset: int) -> Tensor:
-    """The gradient of ``near_keys``: dkeys [b, window + rows, D] -> [S, b, D]."""
-    first, length = max(offset - window, 0), kv.shape[0]
-    inside = dkeys[:, max(window - offset, 0) :].transpose([1, 0, 2])[: length - first]
-    after = length - first - inside.shape[0]
-    ends = [paddle.zeros([rows, *kv.shape[1:]], dkeys.dtype) for rows in (first, after)]
-    return (paddle.concat([ends[0], inside, ends[1]], 0) if first or after else inside).astype(kv.dtype)
+def near_keys_backward(dkeys: Tensor, kv: Tensor, queries: int, window: int) -> Tensor:
+    """The gradient of ``near_keys``: dkeys [b, window + rows, D] -> [n, b, D]."""
+    first = kv.shape[0] - queries - window
+    inside = dkeys[:, max(-first, 0) : window + queries].transpose([1, 0, 2]).astype(kv.dtype)
+    return paddle.concat([paddle.zeros_like(kv[:first]), inside], 0) if first > 0 else inside
 
 
 def make_segments(
-    kv: Tensor, compressed: Tensor | None, selected: Tensor | None, rows: int, window: int, ratio: int, offset: int
+    kv: Tensor, compressed: Tensor | None, selected: Tensor | None, queries: int, window: int, ratio: int, offset: int
 ) -> list:
-    """The segments of kv [S, b, D], compressed [g, b, D] or None, selected [b, s, K] or None for all complete ones,
-    for ``rows`` >= s queries from position ``offset`` on; ``rows`` is a multiple of the window."""
-    keys, missing = near_keys(kv, rows, window, offset)
+    """The segments of kv [n, b, D], compressed [g, b, D] or None, selected [b, s, K] or None for all complete ones,
+    for s queries from position ``offset`` on, the last n keys. Rows are padded to a multiple of the window."""
+    keys, missing = near_keys(kv, queries, window)
+    rows = whole_windows(queries, window)
     segments = [Window(keys, window, missing)]
     if compressed is not None and selected is None:
         segments.append(Compressed(batch_first(compressed), ratio, offset))
@@ -94,14 +95,15 @@ def paddle_sparse_attention(
     query: Tensor, kv: Tensor, compressed: Tensor | None, selected: Tensor | None, sink: Tensor,
     window: int, ratio: int, scale: float, offset: int = 0,
 ):
-    """query [s, b, H, D], kv [S, b, D], compressed [g, b, D] or None, selected [b, s, K] integers (-1: none) or None
+    """query [s, b, H, D], kv [n, b, D], compressed [g, b, D] or None, selected [b, s, K] integers (-1: none) or None
     for every complete entry, sink [H] -> [s, b, H*D] in the dtype of query.
 
-    The queries are those of positions ``offset`` to ``offset + s`` of the S that have keys.
+    The queries are those of positions ``offset`` to ``offset + s``. The keys end with the last query and begin with
+    the first of its window, or anywhere before.
     """
     s, b, heads, d = query.shape
     padded = whole_windows(s, window)
-    segments = make_segments(kv, compressed, selected, padded, window, ratio, offset)
+    segments = make_segments(kv, compressed, selected, s, window, ratio, offset)
     q = batch_first(query, padded) * scale
     sink_logit = widen(sink).reshape([1, 1, heads, 1])
     chunks = row_chunks(padded, window, _row_cost(query, segments, window))
@@ -148,7 +150,7 @@ def paddle_sparse_attention(
                 dq.append(part.gradient(p, ds, q[:, rows], dout[:, rows]))
             dqs.append(paddle.add_n(dq))
         dquery = (_join(dqs)[:, :s] * scale).transpose([1, 0, 2, 3]).astype(query.dtype)
-        dkv = near_keys_backward(segments[0].dkeys, kv, window, offset)
+        dkv = near_keys_backward(segments[0].dkeys, kv, s, window)
         dcompressed = tuple(segment.dkeys.transpose([1, 0, 2]).astype(compressed.dtype) for segment in segments[1:])
         dselected = (None,) if selected is not None else ()
         return dquery, dkv, *dcompressed, *dselected, dsink.astype(sink.dtype)
@@ -173,7 +175,8 @@ def plain_sparse_attention(
     s, b, heads, d = query.shape
     q, keys = batch_first(query), batch_first(kv)
     dtype = dtype_name(q)
-    distance = paddle.arange(offset, offset + s).unsqueeze(1) - paddle.arange(kv.shape[0]).unsqueeze(0)
+    length = kv.shape[0]
+    distance = paddle.arange(length - s, length).unsqueeze(1) - paddle.arange(length).unsqueeze(0)
     mask = ((distance < 0) | (distance >= window)).astype(dtype).unsqueeze(0) * NEVER
     if compressed is not None:
         entries = batch_first(compressed)
@@ -188,17 +191,20 @@ def plain_sparse_attention(
 
 
 def index_list(K, s, batch, window, ratio, groups, selected, offset, length, like):
-    """[b, s, T] int64: ascending positions of the window, then compressed entries from ``length`` on; -1: none.
+    """[b, s, T] int64: rows of the window's keys, ascending, then compressed entries from row ``length`` on; -1: none.
+
+    The queries begin at position ``offset`` and are the last s of ``length`` keys.
 
     The order of this list is the order of summation in the reference's attention (spec 8.1).
     """
-    row = K.arange(offset, offset + s, dtype="int64", like=like).unsqueeze(1)
+    row = K.arange(length - s, length, dtype="int64", like=like).unsqueeze(1)
     near = K.clamp(row - window + 1, 0, None) + K.arange(window, dtype="int64", like=like).unsqueeze(0)
     near = K.where(near > row, K.full([1], -1, "int64", like=like), near)
     lists = [near.unsqueeze(0).expand([batch, s, window])]
     if groups and selected is None:
         entry = K.arange(groups, dtype="int64", like=like).unsqueeze(0)
-        far = K.where(entry >= (row + 1) // ratio, K.full([1], -1, "int64", like=like), entry + length)
+        complete = (row + (offset + s - length + 1)) // ratio
+        far = K.where(entry >= complete, K.full([1], -1, "int64", like=like), entry + length)
         lists.append(far.unsqueeze(0).expand([batch, s, groups]))
     elif groups:
         entry = K.cast(selected, "int64")

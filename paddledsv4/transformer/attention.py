@@ -31,8 +31,8 @@ class CoreAttention(nn.Layer):
     def forward(
         self, query: Tensor, kv: Tensor, x: tuple[Tensor, ...], q_lora: Tensor, context: ForwardContext
     ) -> Tensor:
-        """query [s, b, H, D], kv [S, b, D] of the whole sequence, x two copies of [s, b, C] for the compressor (none if
-        it has nothing to compress), q_lora [s, b, R] -> [s, b, H*D]."""
+        """query [s, b, H, D], kv [n, b, D] of the n >= s positions up to the last query, x two copies of [s, b, C] for
+        the compressor (none if it has nothing to compress), q_lora [s, b, R] -> [s, b, H*D]."""
         sequence = context.sequence
         compressed = self.compressor(*x, sequence) if x else None
         scores = selected = None
@@ -85,6 +85,7 @@ class Attention(nn.Layer):
         query = self.linear_q_up_proj(q_lora).reshape([s, b, self.heads, self.head_dim])
         query = self.ops.rope(self.ops.head_norm(query, self.eps), cos, sin)
         kv = self.ops.rope(self.kv_layernorm(self.linear_kv_proj(to_kv)), cos, sin)
-        out = self.core_attention(query, sequence.gather(kv), tuple(to_compressor), q_lora, context)
+        kv = sequence.with_previous(kv, self.core_attention.window - 1)
+        out = self.core_attention(query, kv, tuple(to_compressor), q_lora, context)
         out = self.ops.rope(out.reshape(query.shape), cos, sin, inverse=True).reshape([s, b, -1])
         return self.linear_proj(self.ops.grouped_linear(out, self.linear_o_group_proj, groups=self.groups))

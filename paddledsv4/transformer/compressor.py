@@ -14,7 +14,7 @@ from paddledsv4.transformer.rotary import RotaryEmbedding
 class Compressor(nn.Layer):
     """a [s, b, C] -> entries [S // ratio, b, head_dim], normalised and rotated to their group's first position.
 
-    s tokens of this rank, S of the sequence: groups may cross the borders of slices, so their features are gathered.
+    s tokens of this rank, S of the sequence, whose entries every rank gets.
     """
 
     def __init__(self, build: Build, ratio: int, head_dim: int, rotary: RotaryEmbedding):
@@ -30,8 +30,9 @@ class Compressor(nn.Layer):
 
     def forward(self, x_kv: Tensor, x_gate: Tensor, sequence: SequenceSlice) -> Tensor:
         """x_kv and x_gate are the same activation, handed out to its two consumers."""
-        kv, gate = sequence.gather(self.linear_wkv(x_kv)), sequence.gather(self.linear_wgate(x_gate))
+        entries = sequence.entries(self.ratio, self.overlap)
+        kv, gate = entries.tokens(self.linear_wkv(x_kv)), entries.tokens(self.linear_wgate(x_gate))
         pooled = self.ops.compress(kv, gate, self.ape, ratio=self.ratio, overlap=self.overlap)
-        entries = self.norm(pooled.astype(x_kv.dtype))
-        cos, sin = self.rotary.table(self.ops, sequence.whole // self.ratio, self.rotary_dtype, stride=self.ratio)
-        return self.ops.rope(entries, cos, sin)
+        made = self.norm(pooled.astype(x_kv.dtype))
+        cos, sin = entries.local(*self.rotary.table(self.ops, entries.whole, self.rotary_dtype, stride=self.ratio))
+        return entries.gather(self.ops.rope(made, cos, sin))

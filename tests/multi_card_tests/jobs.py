@@ -20,6 +20,7 @@ from paddledsv4.host import prepare_host
 
 prepare_host(bitwise=True)
 
+import context_checks  # noqa: E402
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 from layouts import on_many, on_one_card, trainer  # noqa: E402
@@ -212,7 +213,7 @@ def refused(says: str, function: Callable) -> None:
     raise AssertionError("nothing was refused")
 
 
-CHECKS = {name: function for name, function in globals().items() if name.startswith("check_")}
+CHECKS = {n: function for n, function in (globals() | vars(context_checks)).items() if n.startswith("check_")}
 
 
 def checks(groups: Groups, file: str) -> None:

@@ -9,7 +9,8 @@ from ranks import HERE, run_ranks
 
 NAMES = [
     node.name
-    for node in ast.parse((HERE / "jobs.py").read_text()).body
+    for file in ("jobs.py", "context_checks.py")
+    for node in ast.parse((HERE / file).read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
 

@@ -62,7 +62,9 @@ def test_slices_weigh_by_their_tokens():
 def test_one_rank_has_the_whole_sequence():
     sequence, x = SequenceSlice(Group("context"), 6), paddle.ones([6, 2])
     assert (sequence.start, sequence.whole, sequence.weight(x)) == (0, 6, 1.0)
-    assert sequence.gather(x) is x and sequence.gather_constants(x) is x and sequence.local(x)[0] is x
+    entries = sequence.entries(4, True)
+    assert sequence.with_previous(x, 3) is x and entries.tokens(x) is x and entries.gather(x) is x
+    assert sequence.local(x)[0] is x and entries.local(x)[0] is x and entries.whole == 1
 
 
 @pytest.mark.parametrize(("data", "context"), [(1, 4), (2, 2), (4, 1)])
