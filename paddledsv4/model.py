@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.config import ModelConfig
@@ -29,11 +28,6 @@ class Losses:
     mtp_masks: list[Tensor]
 
 
-def roll_left(x: Tensor) -> Tensor:
-    """[b, s] -> [b, s]: every position takes its right neighbour's value, the last one 0."""
-    return paddle.concat([x[:, 1:], paddle.zeros_like(x[:, :1])], 1)
-
-
 class DeepseekV4Model(nn.Layer):
     """The whole model. Activations are sequence-first [s, b, ...], tokens and losses [b, s]."""
 
@@ -44,7 +38,7 @@ class DeepseekV4Model(nn.Layer):
         super().__init__()
         self.config, self.policy = config, policy
         build = Build(config, policy, DTYPES[precision], groups, sequence_parallel=sequence_parallel)
-        self.ops, self.tensor = build.ops, build.tensor
+        self.ops, self.tensor, self.context_group = build.ops, build.tensor, groups.context
         self.embedding = embedding(build.at("embedding"))
         self.decoder = TransformerBlock(build.at("decoder"))
         self.mtp = MultiTokenPredictionBlock(build.at("mtp"))
@@ -56,7 +50,7 @@ class DeepseekV4Model(nn.Layer):
 
     def forward(self, input_ids: Tensor, losses: AuxiliaryLosses | None = None) -> Tensor:
         """input_ids [b, s] int64 -> logits of the next token [s, b, V]."""
-        context = ForwardContext(input_ids, losses or AuxiliaryLosses())
+        context = ForwardContext(input_ids, losses or AuxiliaryLosses(), self.context_group)
         hidden, _ = self.decoder(self.embedding(input_ids), context)
         return self.tensor.join(self.output_layer(self.tensor.enter(hidden)))
 
@@ -65,14 +59,14 @@ class DeepseekV4Model(nn.Layer):
 
         MTP depth k predicts the token k places after the label: ids, labels and mask roll left once per depth.
         """
-        context, uses = ForwardContext(input_ids, auxiliary), 1 + len(self.mtp.layers)
+        context, uses = ForwardContext(input_ids, auxiliary, self.context_group), 1 + len(self.mtp.layers)
         table, *mtp_tables = self.ops.fan_out(self.embedding.word_embeddings.weight, uses)
         *mtp_heads, head = self.ops.fan_out(self.output_layer.weight, uses)
         hidden, streams = self.decoder(self.embedding(input_ids, table), context)
         mtp, masks = [], []
         ids, targets, mask = input_ids, labels, loss_mask
         for depth, layer in enumerate(self.mtp.layers):
-            ids, targets, mask = roll_left(ids), roll_left(targets), roll_left(mask)
+            ids, targets, mask = (context.sequence.roll_left(x) for x in (ids, targets, mask))
             ahead, streams = layer(streams, self.embedding(ids, mtp_tables[depth]), context)
             mtp.append(self.token_losses(ahead, mtp_heads[depth], targets))
             masks.append(mask)

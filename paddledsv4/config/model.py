@@ -83,8 +83,9 @@ class ModelConfig(StrictConfig):
     routed_scaling_factor: Positive
     swiglu_limit: Positive
 
-    # Known and unused by the computation: what a config.json says about its checkpoint and tokenizer.
     max_position_embeddings: Count | None = None
+
+    # Known and unused by the computation: what a config.json says about its checkpoint and tokenizer.
     expert_dtype: str | None = None
     quantization_config: dict[str, Any] | None = None
     topk_method: Literal["noaux_tc"] | None = None
@@ -158,6 +159,12 @@ class ModelConfig(StrictConfig):
         """
         values, where = read_model_section(Path(path))
         return cls.from_dict(values, where=str(where))
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence in tokens: ``max_position_embeddings``, or else what YaRN stretches the original to."""
+        stretched = int(self.rope_scaling.original_max_position_embeddings * self.rope_scaling.factor)
+        return self.max_position_embeddings or stretched
 
     def layer_ratio(self, layer: int) -> int:
         """Compress ratio of decoder layer ``layer`` (from 0); MTP layer j is ``num_hidden_layers + j``."""

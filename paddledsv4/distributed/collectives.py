@@ -11,6 +11,7 @@ from paddle import Tensor
 
 from paddledsv4.distributed.group import Group
 from paddledsv4.numerics.function import differentiable
+from paddledsv4.ops.precision import widen
 
 
 @differentiable
@@ -46,3 +47,38 @@ def broadcast(x: Tensor, group: Group, source: int = 0):
         return (total if group.rank == source else paddle.zeros_like(total),)
 
     return group.broadcast_(x.clone(), source), backward
+
+
+Span = tuple[int, int]
+
+
+@differentiable
+def redistribute(x: Tensor, group: Group, start: int, have: list[Span], want: list[Span]):
+    """Rows of a table that is spread over the ranks, to the ranks that want them.
+
+    x holds the rows from ``start`` on. Rank r gives away rows ``have[r]`` (first and last + 1; together they are the
+    table) and gets ``want[r]``, ascending. A row's gradients are summed over the ranks that got it, ascending, in
+    float32 or wider.
+    """
+    mine, wanted = have[group.rank], want[group.rank]
+    pieces = [slice(first - start, last - start) for first, last in (_common(mine, span) for span in want)]
+    send = [piece.stop - piece.start for piece in pieces]
+    receive = [last - first for first, last in (_common(span, wanted) for span in have)]
+
+    def backward(dy):
+        gradients, done = widen(group.all_to_all(dy.contiguous(), receive, send)), 0
+        dx = paddle.zeros(x.shape, gradients.dtype)
+        for piece, rows in zip(pieces, send, strict=True):
+            if rows:
+                dx[piece] += gradients[done : done + rows]
+            done += rows
+        return (dx.astype(x.dtype),)
+
+    rows = paddle.concat([x[piece] for piece in pieces if piece.stop > piece.start] or [x[:0]], 0)
+    return group.all_to_all(rows, send, receive), backward
+
+
+def _common(a: Span, b: Span) -> Span:
+    """What two spans share; an empty span inside ``a`` if nothing."""
+    first = min(max(a[0], b[0]), a[1])
+    return first, max(min(a[1], b[1]), first)

@@ -17,9 +17,11 @@ Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def dispatcher(build: Build) -> Callable[[Experts, Tensor, Tensor, Tensor], Tensor]:
-    """The dispatcher for the expert group of this build."""
-    group = build.groups.expert
-    return local_dispatch if group.size == 1 else AllToAllDispatcher(build.ops, group)
+    """The dispatcher for the groups of this build."""
+    groups = build.groups
+    if groups.expert.size > 1:
+        return AllToAllDispatcher(build.ops, groups.expert)
+    return local_dispatch if groups.context.size == 1 else SliceDispatcher(build.ops, groups.context)
 
 
 def own_assignments(build: Build) -> Assignments:
@@ -47,6 +49,34 @@ def assignments_of_share(routing_map: Tensor, shares: int, mine: int) -> Tensor:
 def local_dispatch(experts: Experts, rows: Tensor, probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """All experts are here. rows [n, C] grouped by expert, probs [n], tokens_per_expert [E] -> [n, C]."""
     return experts(rows, probs, tokens_per_expert)
+
+
+class SliceDispatcher:
+    """All experts are here, but only a slice of the sequence.
+
+    GEMMs of very few rows run on other kernels, with other bits (MKL: below 4 rows). So an expert gets zeros as
+    further rows, up to the number that it had with the whole sequence or to 4: its tokens have the bits of one card.
+    """
+
+    ROWS = 4
+
+    def __init__(self, ops, group: Group):
+        self.ops, self.group = ops, group
+
+    def __call__(self, experts: Experts, rows: Tensor, probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """As :func:`local_dispatch`; tokens_per_expert counts this slice's."""
+        whole = self.group.all_reduce_(tokens_per_expert.clone())
+        more = (whole.clip(max=self.ROWS) - tokens_per_expert).clip(min=0)
+        rows, probs = self._extend(rows, tokens_per_expert, more), self._extend(probs, tokens_per_expert, more)
+        out = experts(rows, probs, tokens_per_expert + more)
+        sizes = counts(paddle.stack([tokens_per_expert, more], 1).flatten())
+        return self.ops.concat_rows(*self.ops.split_rows(out, sizes)[::2])
+
+    def _extend(self, rows: Tensor, sizes: Tensor, more: Tensor) -> Tensor:
+        """Blocks of so many rows, zeros behind each."""
+        empty = (paddle.zeros([n, *rows.shape[1:]], rows.dtype) for n in counts(more))
+        blocks = zip(self.ops.split_rows(rows, counts(sizes)), empty, strict=True)
+        return self.ops.concat_rows(*(x for pair in blocks for x in pair))
 
 
 class AllToAllDispatcher:

@@ -26,29 +26,34 @@ NEVER = -1e30  # added to a score it gives a weight of exactly zero
 
 
 @functools.lru_cache(maxsize=16)
-def _band_mask(blocks: int, window: int, first: bool, dtype: str) -> Tensor:
-    """[blocks, window, 1, 2*window]: query i of a block sees keys (i, i+window] of its two blocks of keys."""
+def _band_mask(blocks: int, window: int, missing: int, dtype: str) -> Tensor:
+    """[blocks, window, 1, 2*window]: query i of a block sees keys (i, i+window] of its two blocks of keys.
+
+    The first ``missing`` keys of the first block lie before the sequence.
+    """
     i, j = np.arange(window)[:, None], np.arange(2 * window)[None, :]
     mask = np.where((j > i) & (j <= i + window), 0.0, NEVER)
     mask = np.broadcast_to(mask, (blocks, window, 2 * window)).copy()
-    if first:  # before the first block lies nothing
-        mask[0, :, :window] = NEVER
+    mask[0, :, :missing] = NEVER
     return paddle.to_tensor(mask[:, :, None, :], dtype=dtype)
 
 
 class Window:
     """The last ``window`` keys of every query, itself included, as a band of key blocks.
 
-    kv [b, s, D], s a multiple of ``window``; so are the chunks.
+    kv [b, window + rows, D]: the keys of the ``window`` positions before the first query, then of the queries'
+    own; the first ``missing`` lie before the sequence. The number of rows and the chunks are multiples of ``window``.
     """
 
-    def __init__(self, kv: Tensor, window: int, rows: tuple[int, int] | None = None, dkeys: Tensor | None = None):
-        self.kv, self.window = kv, window
-        self.rows = rows or (0, kv.shape[1])
+    def __init__(
+        self, kv: Tensor, window: int, missing: int, rows: tuple[int, int] | None = None, dkeys: Tensor | None = None
+    ):
+        self.kv, self.window, self.missing = kv, window, missing
+        self.rows = rows or (0, kv.shape[1] - window)
         self.dkeys = dkeys
 
     def cut(self, r0: int, r1: int) -> Window:
-        return Window(self.kv, self.window, (r0, r1), self.dkeys)
+        return Window(self.kv, self.window, self.missing, (r0, r1), self.dkeys)
 
     def begin_gradient(self) -> None:
         self.dkeys = paddle.zeros_like(self.kv)
@@ -57,9 +62,7 @@ class Window:
         """[b, blocks, 2*window, D]: every block of keys behind the one before it."""
         (r0, r1), w = self.rows, self.window
         b, _, d = self.kv.shape
-        own = self.kv[:, r0:r1].reshape([b, -1, w, d])
-        before = self.kv[:, r0 - w : r0] if r0 else paddle.zeros_like(self.kv[:, :w])
-        previous = paddle.concat([before.unsqueeze(1), own[:, :-1]], 1)
+        own, previous = (self.kv[:, r0 + shift : r1 + shift].reshape([b, -1, w, d]) for shift in (w, 0))
         return paddle.concat([previous, own], 2)
 
     def _blocks(self, x: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ class Window:
     def scores(self, q: Tensor) -> Tensor:
         b, rows, heads, _ = q.shape
         w = self.window
-        mask = _band_mask(rows // w, w, self.rows[0] == 0, dtype_name(q))
+        mask = _band_mask(rows // w, w, 0 if self.rows[0] else self.missing, dtype_name(q))
         banded = self.products(q).reshape([b, -1, w, heads, 2 * w])
         return (banded + mask.expand(banded.shape[1:])).reshape([b, rows, heads, 2 * w])
 
@@ -85,27 +88,28 @@ class Window:
         ds_blocks = self._blocks(ds)
         dband = paddle.matmul(ds_blocks, self._blocks(q), transpose_x=True)
         dband += paddle.matmul(self._blocks(p), self._blocks(dout), transpose_x=True)
-        self.dkeys[:, r0:r1] += dband[:, :, w:].reshape([b, r1 - r0, d])
-        start = max(r0 - w, 0)  # the block before row 0 does not exist
-        self.dkeys[:, start : r1 - w] += dband[:, (0 if r0 else 1) :, :w].reshape([b, -1, d])
+        self.dkeys[:, r0 + w : r1 + w] += dband[:, :, w:].reshape([b, r1 - r0, d])
+        self.dkeys[:, r0:r1] += dband[:, :, :w].reshape([b, r1 - r0, d])
         return paddle.matmul(ds_blocks, self._band()).reshape(q.shape)
 
 
 @functools.lru_cache(maxsize=16)
-def causal_mask(r0: int, r1: int, groups: int, ratio: int, dtype: str) -> Tensor:
-    """[rows, groups]: 0 where compressed entry c is complete at query i, c < (i+1) // ratio, else NEVER."""
-    i, c = np.arange(r0, r1)[:, None], np.arange(groups)[None, :]
+def causal_mask(first: int, last: int, groups: int, ratio: int, dtype: str) -> Tensor:
+    """[last - first, groups]: 0 where compressed entry c is complete at position i, c < (i+1) // ratio, else NEVER."""
+    i, c = np.arange(first, last)[:, None], np.arange(groups)[None, :]
     return paddle.to_tensor(np.where(c < (i + 1) // ratio, 0.0, NEVER), dtype=dtype)
 
 
 class Compressed:
-    """All complete compressed entries of every query (ratio 128). keys [b, g, D]."""
+    """All complete compressed entries of every query (ratio 128). keys [b, g, D]; row 0 is position ``offset``."""
 
-    def __init__(self, keys: Tensor, ratio: int, rows: tuple[int, int] | None = None, dkeys: Tensor | None = None):
-        self.keys, self.ratio, self.rows, self.dkeys = keys, ratio, rows, dkeys
+    def __init__(
+        self, keys: Tensor, ratio: int, offset: int, rows: tuple[int, int] | None = None, dkeys: Tensor | None = None
+    ):
+        self.keys, self.ratio, self.offset, self.rows, self.dkeys = keys, ratio, offset, rows, dkeys
 
     def cut(self, r0: int, r1: int) -> Compressed:
-        return Compressed(self.keys, self.ratio, (r0, r1), self.dkeys)
+        return Compressed(self.keys, self.ratio, self.offset, (r0, r1), self.dkeys)
 
     def begin_gradient(self) -> None:
         self.dkeys = paddle.zeros_like(self.keys)
@@ -117,7 +121,8 @@ class Compressed:
 
     def scores(self, q: Tensor) -> Tensor:
         products = self.products(q)
-        mask = causal_mask(*self.rows, self.keys.shape[1], self.ratio, dtype_name(q))
+        first, last = (self.offset + row for row in self.rows)
+        mask = causal_mask(first, last, self.keys.shape[1], self.ratio, dtype_name(q))
         return products + mask.unsqueeze(1).expand(products.shape[1:])
 
     def weigh(self, p: Tensor) -> Tensor:

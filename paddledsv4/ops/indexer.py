@@ -9,10 +9,10 @@ from paddle.nn import functional as F
 from paddledsv4.distributed.group import ALONE, Group
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.registry import define
-from paddledsv4.ops.attention_segments import NEVER, Compressed, causal_mask
+from paddledsv4.ops.attention_segments import NEVER, causal_mask
 from paddledsv4.ops.precision import dtype_name, widen
 from paddledsv4.ops.reduce import row_sum
-from paddledsv4.ops.sparse_attention import batch_first, make_segments, row_chunks, selection_mask
+from paddledsv4.ops.sparse_attention import batch_first, make_segments, row_chunks, selection_mask, whole_windows
 
 indexer_score = define("indexer_score", "sum over heads of weight times ReLU(q k)", spec="8.2", outputs=("scores",),
                        wide=("scores",))
@@ -75,24 +75,26 @@ def plain_indexer_score(query: Tensor, key: Tensor, weights: Tensor) -> Tensor:
 
 
 @indexer_topk.variant("paddle", "paddle.topk, best first", same_bits="the same choice unless scores tie")
-def paddle_indexer_topk(scores: Tensor, topk: int, ratio: int) -> Tensor:
-    """scores [b, s, g] -> [b, s, min(topk, g)] int32, -1: none. Entry c is complete at query i when c < (i+1) // ratio.
+def paddle_indexer_topk(scores: Tensor, topk: int, ratio: int, offset: int = 0) -> Tensor:
+    """scores [b, s, g] -> [b, s, min(topk, g)] int32, -1: none.
+
+    Row r is the query of position i = offset + r; entry c is complete there when c < (i+1) // ratio.
     """
     _, s, groups = scores.shape
-    masked = scores + causal_mask(0, s, groups, ratio, dtype_name(scores))
+    masked = scores + causal_mask(offset, offset + s, groups, ratio, dtype_name(scores))
     index = paddle.topk(masked, min(topk, groups), -1)[1]
-    complete = ((paddle.arange(s) + 1) // ratio).reshape([1, s, 1])
+    complete = ((paddle.arange(offset, offset + s) + 1) // ratio).reshape([1, s, 1])
     return paddle.where(index < complete, index, paddle.full_like(index, -1)).astype("int32")
 
 
-def _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse, heads_of) -> Tensor:
+def _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse, offset, heads_of) -> Tensor:
     """[b, s, g or K]: attention weights of the compressed entries, summed over heads, normalised per query.
 
     ``sparse`` restricts the softmax's compressed part to the selected entries and returns those K only.
     """
     s, _, heads, _ = query.shape
-    segments = make_segments(kv, compressed, selected if sparse else None, window, ratio)
-    padded = segments[0].kv.shape[1]
+    padded = whole_windows(s, window)
+    segments = make_segments(kv, compressed, selected if sparse else None, s, window, ratio, offset)
     q = batch_first(query, padded) * scale
     sink_logit = widen(sink).reshape([1, 1, heads, 1])
     targets = []
@@ -123,7 +125,7 @@ def _divergence(scores: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, T
 @differentiable
 def paddle_indexer_loss(
     scores: Tensor, query: Tensor, kv: Tensor, compressed: Tensor, sink: Tensor, selected: Tensor,
-    window: int, ratio: int, scale: float, coeff: float, sparse: bool, heads_of: Group = ALONE.tensor,
+    window: int, ratio: int, scale: float, coeff: float, sparse: bool, offset: int = 0, heads_of: Group = ALONE.tensor,
 ):
     """scores [b, s, g], then what sparse_attention takes -> loss [1]. Only the scores get a gradient.
 
@@ -133,12 +135,12 @@ def paddle_indexer_loss(
     (``sparse``) or over all complete ones. Queries without an entry count in b s.
     """
     b, s, groups = scores.shape
-    target = _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse, heads_of)
+    target = _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse, offset, heads_of)
     if sparse:
         index = selected.clip(min=0).astype("int64")
         student, mask = paddle.take_along_axis(scores, index, 2), (selected < 0).astype(scores.dtype) * NEVER
     else:
-        student, mask = scores, causal_mask(0, s, groups, ratio, dtype_name(scores)).unsqueeze(0)
+        student, mask = scores, selection_mask(None, s, groups, ratio, offset, dtype_name(scores))
     target = target * (mask == 0).astype(target.dtype)
     kl, probability = _divergence(student, target, mask)
 
@@ -154,15 +156,16 @@ def paddle_indexer_loss(
 @indexer_loss.variant("plain", "dense masks over all entries, differentiated by autograd")
 def plain_indexer_loss(
     scores: Tensor, query: Tensor, kv: Tensor, compressed: Tensor, sink: Tensor, selected: Tensor,
-    window: int, ratio: int, scale: float, coeff: float, sparse: bool, heads_of: Group = ALONE.tensor,
+    window: int, ratio: int, scale: float, coeff: float, sparse: bool, offset: int = 0, heads_of: Group = ALONE.tensor,
 ) -> Tensor:
     b, s, groups = scores.shape
     with paddle.no_grad():
-        mask = selection_mask(selected if sparse else None, s, groups, ratio, dtype_name(scores))
-        segments = make_segments(kv, compressed, None, window, ratio)
-        q = batch_first(query, segments[0].kv.shape[1]) * scale
+        mask = selection_mask(selected if sparse else None, s, groups, ratio, offset, dtype_name(scores))
+        padded = whole_windows(s, window)
+        segments = make_segments(kv, compressed, None, s, window, ratio, offset)
+        q = batch_first(query, padded) * scale
         near = segments[0].scores(q)[:, :s]
-        far = Compressed(segments[1].keys, ratio).cut(0, s).products(q[:, :s]) + mask.unsqueeze(2)
+        far = segments[1].cut(0, s).products(q[:, :s]) + mask.unsqueeze(2)
         rest = widen(sink).reshape([1, 1, -1, 1]).expand([b, s, q.shape[2], 1])
         p = F.softmax(paddle.concat([near, rest, far], -1), -1)[..., -groups:].sum(2)
         p = p * (mask == 0).astype(p.dtype)  # Paddle's CPU softmax gives masked entries exp(-64), not zero

@@ -11,9 +11,9 @@ WINDOW_CHUNK = 512  # rows of the window's log mass that the reference takes at 
 TINY, LOG_FLOOR, SOFTMAX_FLOOR = 1.1754943508222875e-38, 1e-10, 1e-10
 
 
-def complete(K, s, groups, ratio, like):
-    """[s, groups] bool: entry c is complete at query i, c < (i+1) // ratio."""
-    row = K.arange(1, s + 1, dtype="int64", like=like).unsqueeze(1)
+def complete(K, s, groups, ratio, offset, like):
+    """[s, groups] bool: entry c is complete at position i, c < (i+1) // ratio; row 0 is position ``offset``."""
+    row = K.arange(offset + 1, offset + s + 1, dtype="int64", like=like).unsqueeze(1)
     return K.arange(groups, dtype="int64", like=like).unsqueeze(0) < row // ratio
 
 
@@ -42,23 +42,24 @@ def megatron_indexer_score(K, query, key, weights):
 
 @megatron_order(indexer_topk, "top-k of masked scores, best first; ties as the kernel leaves them", explicit=True,
                 same_bits="the same choice unless scores tie")
-def megatron_indexer_topk(K, scores, topk, ratio):
+def megatron_indexer_topk(K, scores, topk, ratio, offset=0):
     _, s, groups = scores.shape
-    visible = complete(K, s, groups, ratio, like=scores).unsqueeze(0)
+    visible = complete(K, s, groups, ratio, offset, like=scores).unsqueeze(0)
     index = K.topk(K.masked_fill(scores, K.logical_not(visible), float("-inf")), min(topk, groups))[1]
-    entries = (K.arange(1, s + 1, dtype="int64", like=scores) // ratio).reshape([1, s, 1])
+    entries = (K.arange(offset + 1, offset + s + 1, dtype="int64", like=scores) // ratio).reshape([1, s, 1])
     index = K.where(index < entries, index, K.full([1], -1, "int64", like=scores))
     return K.cast(index, "int32"), lambda *_: (None,)
 
 
-def window_log_mass(K, query, kv, sink, window, scale):
+def window_log_mass(K, query, kv, sink, window, scale, offset):
     """[b, H, s]: log of the attention mass outside the compressed entries: the window's and the sink's."""
     s, b, heads, d = query.shape
-    index = index_list(K, s, b, window, 0, 0, None, like=query)
-    index = K.where(index >= 0, index + K.arange(b, dtype="int64", like=query).reshape([b, 1, 1]) * s, index)
+    length = kv.shape[0]
+    index = index_list(K, s, b, window, 0, 0, None, offset, length, like=query)
+    index = K.where(index >= 0, index + K.arange(b, dtype="int64", like=query).reshape([b, 1, 1]) * length, index)
     index = index.reshape([b * s, window])
     q = K.wide(K.permute(query, 1, 0, 2, 3).reshape([b * s, heads, d]))
-    keys = K.wide(K.permute(kv, 1, 0, 2).reshape([b * s, d]))
+    keys = K.wide(K.permute(kv, 1, 0, 2).reshape([b * length, d]))
     sink = K.wide(sink).reshape([1, heads])
     parts = []
     for start in range(0, b * s, WINDOW_CHUNK):
@@ -70,7 +71,7 @@ def window_log_mass(K, query, kv, sink, window, scale):
     return K.contiguous(K.permute(K.cat(parts, 0).reshape([b, s, heads]), 0, 2, 1))
 
 
-def teacher(K, query, kv, compressed, sink, visible, window, scale, heads_of):
+def teacher(K, query, kv, compressed, sink, visible, window, scale, offset, heads_of):
     """[b, s, g]: the attention's own weights of the visible entries, summed over heads, normalised per query."""
     s, b, heads, d = query.shape
     groups = compressed.shape[0]
@@ -80,7 +81,7 @@ def teacher(K, query, kv, compressed, sink, visible, window, scale, heads_of):
     scores = (K.bmm(q, keys) * scale).reshape([b, heads, s, groups])
     hidden = K.logical_not(visible).unsqueeze(1).expand([b, heads, s, groups])
     scores = K.masked_fill(scores, hidden, float("-inf"))
-    mass = K.logaddexp(window_log_mass(K, query, kv, sink, window, scale), K.logsumexp(scores, -1))
+    mass = K.logaddexp(window_log_mass(K, query, kv, sink, window, scale, offset), K.logsumexp(scores, -1))
     p = K.masked_fill(K.exp(scores - mass.unsqueeze(-1)), hidden, 0.0)
     target = K.all_reduce(K.sum(p, 1), heads_of)
     return target / K.clamp(K.sum(target, -1, keepdim=True), TINY, None)
@@ -100,14 +101,16 @@ def student(K, scores, visible):
 
 
 @megatron_order(indexer_loss, "dense masks; gradient (student - target) c on visible entries", explicit=True)
-def megatron_indexer_loss(K, scores, query, kv, compressed, sink, selected, window, ratio, scale, coeff, sparse,
-                          heads_of=ALONE.tensor):
+def megatron_indexer_loss(
+    K, scores, query, kv, compressed, sink, selected, window, ratio, scale, coeff, sparse, offset=0,
+    heads_of=ALONE.tensor,
+):
     b, s, groups = scores.shape
-    visible = complete(K, s, groups, ratio, like=scores).unsqueeze(0).expand([b, s, groups])
+    visible = complete(K, s, groups, ratio, offset, like=scores).unsqueeze(0).expand([b, s, groups])
     if sparse:
         chosen = K.sum(K.one_hot(K.cast(selected, "int64") + 1, groups + 1), 2)[:, :, 1:]
         visible = K.logical_and(visible, chosen > 0)
-    target = teacher(K, query, kv, compressed, sink, visible, window, scale, heads_of)
+    target = teacher(K, query, kv, compressed, sink, visible, window, scale, offset, heads_of)
     p, log_p = student(K, scores, visible)
     kl = K.sum(target * (K.log(K.clamp(target, LOG_FLOOR, None)) - log_p), -1)
 

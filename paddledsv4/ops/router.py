@@ -53,20 +53,27 @@ def paddle_router_probs(scores: Tensor, index: Tensor, scaling: float, normalise
 
 
 @sequence_aux_loss.variant("paddle", "differentiated by autograd")
-def paddle_sequence_aux_loss(logits: Tensor, sequences: int, topk: int, coeff: float) -> Tensor:
+def paddle_sequence_aux_loss(
+    logits: Tensor, sequences: int, topk: int, coeff: float, elsewhere: Tensor | None = None, slices: int = 1
+) -> Tensor:
     """logits [s*b, E], rows s-major -> loss [1].
 
     Per sequence: sum over experts of (sum of normalised affinities) (count of tokens whose top-k, without bias,
     holds the expert) E coeff / (K s^2); then the mean over the b sequences.
+
+    Of sequences that are cut into ``slices``, these are the tokens of one, and ``elsewhere`` [b * E] counts those of
+    the others: the loss is this slice's term of the sum over slices.
     """
     tokens, experts = logits.shape
     scores = paddle_router_scores(logits)
-    s = tokens // sequences
+    s = tokens // sequences * slices
     normal = scores / (scores.sum(-1, keepdim=True) + TINY)
     index = paddle.topk(normal.detach(), topk, -1)[1]
     chosen = F.one_hot(index, experts).sum(1)
-    per_sequence = [s, sequences * experts]
-    load = normal.reshape(per_sequence).sum(0) * chosen.reshape(per_sequence).sum(0).astype(scores.dtype)
+    per_sequence = [-1, sequences * experts]
+    counts = chosen.reshape(per_sequence).sum(0).astype(scores.dtype)
+    counts = counts if elsewhere is None else counts + elsewhere.astype(scores.dtype)
+    load = normal.reshape(per_sequence).sum(0) * counts
     return (load.sum() * (experts * coeff / (topk * s * s)) / sequences).reshape([1])
 
 
@@ -142,12 +149,14 @@ def megatron_expert_bias_update(K, expert_bias, counts, rate, dtype):
 
 
 @megatron_order(sequence_aux_loss, "sqrt(softplus) anew; sum over s, product, sum, factor, / b")
-def megatron_sequence_aux_loss(K, logits, sequences, topk, coeff):
+def megatron_sequence_aux_loss(K, logits, sequences, topk, coeff, elsewhere=None, slices=1):
     tokens, experts = logits.shape
-    s = tokens // sequences
+    s = tokens // sequences * slices
     scores = K.sqrt(K.softplus(K.wide(logits)))
     scores = scores / (K.sum(scores, -1, keepdim=True) + TINY)
     chosen = K.cast(K.sum(K.one_hot(K.topk(K.detach(scores), topk)[1], experts), 1), K.dtype(scores))
-    per_sequence = [s, sequences * experts]
-    load = K.sum(scores.reshape(per_sequence), 0) * K.sum(chosen.reshape(per_sequence), 0)
+    per_sequence = [-1, sequences * experts]
+    counts = K.sum(chosen.reshape(per_sequence), 0)
+    counts = counts if elsewhere is None else counts + K.cast(elsewhere, K.dtype(scores))
+    load = K.sum(scores.reshape(per_sequence), 0) * counts
     return (K.sum(load) * (experts * coeff / (topk * s * s)) / sequences).reshape([1])

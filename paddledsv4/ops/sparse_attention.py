@@ -30,17 +30,41 @@ def batch_first(x: Tensor, rows: int | None = None) -> Tensor:
     return x.transpose([1, 0, *range(2, x.ndim)])
 
 
-def make_segments(kv: Tensor, compressed: Tensor | None, selected: Tensor | None, window: int, ratio: int) -> list:
-    """The segments of kv [s, b, D], compressed [g, b, D] or None, selected [b, s, K] or None for all complete ones.
+def whole_windows(rows: int, window: int) -> int:
+    """``rows``, rounded up to a multiple of the window."""
+    return -(-rows // window) * window
 
-    Rows are padded to a multiple of the window.
-    """
-    padded = -(-kv.shape[0] // window) * window
-    segments = [Window(batch_first(kv, padded), window)]
+
+def near_keys(kv: Tensor, queries: int, window: int) -> tuple[Tensor, int]:
+    """kv [n, b, D], whose last rows are those of the queries -> [b, window + rows, D] in float32 or wider: ``window``
+    keys before the first query, then those of the queries, padded to whole windows. Zeros where there is no key; of
+    those before the first query, the second result is the number."""
+    first = kv.shape[0] - queries - window
+    missing = max(-first, 0)
+    inside = batch_first(kv[max(first, 0) :], window + whole_windows(queries, window) - missing)
+    before = paddle.zeros([inside.shape[0], missing, inside.shape[2]], inside.dtype)
+    return (paddle.concat([before, inside], 1) if missing else inside), missing
+
+
+def near_keys_backward(dkeys: Tensor, kv: Tensor, queries: int, window: int) -> Tensor:
+    """The gradient of ``near_keys``: dkeys [b, window + rows, D] -> [n, b, D]."""
+    first = kv.shape[0] - queries - window
+    inside = dkeys[:, max(-first, 0) : window + queries].transpose([1, 0, 2]).astype(kv.dtype)
+    return paddle.concat([paddle.zeros_like(kv[:first]), inside], 0) if first > 0 else inside
+
+
+def make_segments(
+    kv: Tensor, compressed: Tensor | None, selected: Tensor | None, queries: int, window: int, ratio: int, offset: int
+) -> list:
+    """The segments of kv [n, b, D], compressed [g, b, D] or None, selected [b, s, K] or None for all complete ones,
+    for s queries from position ``offset`` on, the last n keys. Rows are padded to a multiple of the window."""
+    keys, missing = near_keys(kv, queries, window)
+    rows = whole_windows(queries, window)
+    segments = [Window(keys, window, missing)]
     if compressed is not None and selected is None:
-        segments.append(Compressed(batch_first(compressed), ratio))
+        segments.append(Compressed(batch_first(compressed), ratio, offset))
     elif compressed is not None:
-        pad = padded - selected.shape[1]
+        pad = rows - selected.shape[1]
         index = F.pad(selected, [0, 0, 0, pad, 0, 0], value=-1, pad_from_left_axis=True) if pad else selected
         segments.append(Selected(batch_first(compressed), index))
     return segments
@@ -69,13 +93,17 @@ def _row_cost(query: Tensor, segments: list, window: int) -> int:
 @differentiable
 def paddle_sparse_attention(
     query: Tensor, kv: Tensor, compressed: Tensor | None, selected: Tensor | None, sink: Tensor,
-    window: int, ratio: int, scale: float,
+    window: int, ratio: int, scale: float, offset: int = 0,
 ):
-    """query [s, b, H, D], kv [s, b, D], compressed [g, b, D] or None, selected [b, s, K] integers (-1: none) or None
-    for every complete entry, sink [H] -> [s, b, H*D] in the dtype of query."""
+    """query [s, b, H, D], kv [n, b, D], compressed [g, b, D] or None, selected [b, s, K] integers (-1: none) or None
+    for every complete entry, sink [H] -> [s, b, H*D] in the dtype of query.
+
+    The queries are those of positions ``offset`` to ``offset + s``. The keys end with the last query and begin with
+    the first of its window, or anywhere before.
+    """
     s, b, heads, d = query.shape
-    segments = make_segments(kv, compressed, selected, window, ratio)
-    padded = segments[0].kv.shape[1]
+    padded = whole_windows(s, window)
+    segments = make_segments(kv, compressed, selected, s, window, ratio, offset)
     q = batch_first(query, padded) * scale
     sink_logit = widen(sink).reshape([1, 1, heads, 1])
     chunks = row_chunks(padded, window, _row_cost(query, segments, window))
@@ -122,9 +150,8 @@ def paddle_sparse_attention(
                 dq.append(part.gradient(p, ds, q[:, rows], dout[:, rows]))
             dqs.append(paddle.add_n(dq))
         dquery = (_join(dqs)[:, :s] * scale).transpose([1, 0, 2, 3]).astype(query.dtype)
-        dkeys = [segment.dkeys.transpose([1, 0, 2]) for segment in segments]
-        dkv = dkeys[0][: kv.shape[0]].astype(kv.dtype)
-        dcompressed = (dkeys[1].astype(compressed.dtype),) if compressed is not None else ()
+        dkv = near_keys_backward(segments[0].dkeys, kv, s, window)
+        dcompressed = tuple(segment.dkeys.transpose([1, 0, 2]).astype(compressed.dtype) for segment in segments[1:])
         dselected = (None,) if selected is not None else ()
         return dquery, dkv, *dcompressed, *dselected, dsink.astype(sink.dtype)
 
@@ -132,10 +159,10 @@ def paddle_sparse_attention(
     return result, backward
 
 
-def selection_mask(selected: Tensor | None, rows: int, groups: int, ratio: int, dtype: str) -> Tensor:
+def selection_mask(selected: Tensor | None, rows: int, groups: int, ratio: int, offset: int, dtype: str) -> Tensor:
     """[b or 1, rows, groups] additive: 0 where a query sees a compressed entry, NEVER elsewhere."""
     if selected is None:
-        return causal_mask(0, rows, groups, ratio, dtype).unsqueeze(0)
+        return causal_mask(offset, offset + rows, groups, ratio, dtype).unsqueeze(0)
     chosen = F.one_hot(selected + 1, groups + 1).sum(2)[:, :, 1:].astype(dtype)
     return (1.0 - chosen) * NEVER
 
@@ -143,17 +170,17 @@ def selection_mask(selected: Tensor | None, rows: int, groups: int, ratio: int, 
 @sparse_attention.variant("plain", "dense scores over all positions with a mask, differentiated by autograd")
 def plain_sparse_attention(
     query: Tensor, kv: Tensor, compressed: Tensor | None, selected: Tensor | None, sink: Tensor,
-    window: int, ratio: int, scale: float,
+    window: int, ratio: int, scale: float, offset: int = 0,
 ) -> Tensor:
     s, b, heads, d = query.shape
     q, keys = batch_first(query), batch_first(kv)
     dtype = dtype_name(q)
-    position = paddle.arange(s)
-    distance = position.unsqueeze(1) - position.unsqueeze(0)
+    length = kv.shape[0]
+    distance = paddle.arange(length - s, length).unsqueeze(1) - paddle.arange(length).unsqueeze(0)
     mask = ((distance < 0) | (distance >= window)).astype(dtype).unsqueeze(0) * NEVER
     if compressed is not None:
         entries = batch_first(compressed)
-        visible = selection_mask(selected, s, entries.shape[1], ratio, dtype)
+        visible = selection_mask(selected, s, entries.shape[1], ratio, offset, dtype)
         mask = paddle.concat([mask.expand([visible.shape[0], -1, -1]), visible], -1)
         keys = paddle.concat([keys, entries], 1)
     scores = paddle.einsum("bshd,btd->bsht", q, keys) * scale + mask.unsqueeze(2)
@@ -163,34 +190,37 @@ def plain_sparse_attention(
     return out.transpose([1, 0, 2, 3]).reshape([s, b, heads * d]).astype(query.dtype)
 
 
-def index_list(K, s, batch, window, ratio, groups, selected, like):
-    """[b, s, T] int64: positions of the window in ascending order, then compressed entries behind row s; -1: none.
+def index_list(K, s, batch, window, ratio, groups, selected, offset, length, like):
+    """[b, s, T] int64: rows of the window's keys, ascending, then compressed entries from row ``length`` on; -1: none.
+
+    The queries begin at position ``offset`` and are the last s of ``length`` keys.
 
     The order of this list is the order of summation in the reference's attention (spec 8.1).
     """
-    row = K.arange(s, dtype="int64", like=like).unsqueeze(1)
+    row = K.arange(length - s, length, dtype="int64", like=like).unsqueeze(1)
     near = K.clamp(row - window + 1, 0, None) + K.arange(window, dtype="int64", like=like).unsqueeze(0)
     near = K.where(near > row, K.full([1], -1, "int64", like=like), near)
     lists = [near.unsqueeze(0).expand([batch, s, window])]
     if groups and selected is None:
         entry = K.arange(groups, dtype="int64", like=like).unsqueeze(0)
-        far = K.where(entry >= (row + 1) // ratio, K.full([1], -1, "int64", like=like), entry + s)
+        complete = (row + (offset + s - length + 1)) // ratio
+        far = K.where(entry >= complete, K.full([1], -1, "int64", like=like), entry + length)
         lists.append(far.unsqueeze(0).expand([batch, s, groups]))
     elif groups:
         entry = K.cast(selected, "int64")
-        lists.append(K.where(entry < 0, K.full([1], -1, "int64", like=like), entry + s))
+        lists.append(K.where(entry < 0, K.full([1], -1, "int64", like=like), entry + length))
     return K.cat(lists, -1)
 
 
 @megatron_order(sparse_attention, "gathered keys in list order, shift by max(row maximum, sink), e / (sum e + e_sink)")
-def megatron_sparse_attention(K, query, kv, compressed, selected, sink, window, ratio, scale):
+def megatron_sparse_attention(K, query, kv, compressed, selected, sink, window, ratio, scale, offset=0):
     s, b, heads, d = query.shape
     groups = 0 if compressed is None else compressed.shape[0]
     keys = kv if compressed is None else K.cat([kv, compressed], 0)
-    total = s + groups
-    index = index_list(K, s, b, window, ratio, groups, selected, like=query)
-    offset = K.arange(b, dtype="int64", like=query).reshape([b, 1, 1]) * total
-    index = K.where(index >= 0, index + offset, index).reshape([b * s, -1])
+    total = kv.shape[0] + groups
+    index = index_list(K, s, b, window, ratio, groups, selected, offset, kv.shape[0], like=query)
+    base = K.arange(b, dtype="int64", like=query).reshape([b, 1, 1]) * total
+    index = K.where(index >= 0, index + base, index).reshape([b * s, -1])
     q = K.wide(K.permute(query, 1, 0, 2, 3).reshape([b * s, heads, d]))
     gathered = K.wide(K.shared_rows(K.permute(keys, 1, 0, 2).reshape([b * total, d]), K.clamp(index, 0, None)))
     scores = K.einsum("inh,ikh->ink", q, gathered) * scale

@@ -53,17 +53,21 @@ def batches(
     data_rank: int,
     train: TrainConfig,
     parallel: ParallelConfig,
+    context_rank: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels [micro_batch_size, sequence_length] int64 of one microbatch on one rank.
+    """Inputs and labels [micro_batch_size, sequence_length / context] int64 of one microbatch on one rank.
 
     ``step`` and ``microbatch`` count from 0. Global microbatch
     ``g = (step * gradient_accumulation_steps + microbatch) * data + data_rank`` takes rows
-    ``[g * b, (g + 1) * b)``; past the last row the table starts again.
+    ``[g * b, (g + 1) * b)``; past the last row the table starts again. The ranks of a context group read the same rows
+    and slice ``context_rank`` of each, so that a step has the same tokens whatever the layout.
     """
     index = (step * train.gradient_accumulation_steps + microbatch) * parallel.data + data_rank
     first = index * train.micro_batch_size
     rows = np.arange(first, first + train.micro_batch_size) % len(tokens)
-    table = np.asarray(tokens[rows], dtype=np.int64)
+    length = train.sequence_length // parallel.context
+    columns = slice(context_rank * length, (context_rank + 1) * length + 1)
+    table = np.asarray(tokens[rows, columns], dtype=np.int64)
     return table[:, :-1].copy(), table[:, 1:].copy()
 
 

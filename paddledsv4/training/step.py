@@ -11,6 +11,7 @@ import paddle
 from paddle import Tensor
 
 from paddledsv4.config import TrainConfig
+from paddledsv4.distributed.context_parallel import SequenceSlice
 from paddledsv4.distributed.group import ALONE, Group, Groups
 from paddledsv4.model import DeepseekV4Model
 from paddledsv4.moe.router import LearnedRouter
@@ -20,7 +21,10 @@ from paddledsv4.transformer.build import AuxiliaryLosses
 
 @dataclass(frozen=True)
 class MicrobatchLoss:
-    """Mean losses of one microbatch on one rank; ``mtp`` is None without MTP layers."""
+    """Mean losses of one microbatch of one data rank; ``mtp`` is None without MTP layers.
+
+    They are means over whole sequences: ranks that hold slices of them have one record together.
+    """
 
     microbatch: int
     rank: int
@@ -58,15 +62,23 @@ def microbatch_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Forward and backward of one microbatch. Adds to every parameter's ``grad``; returns the mean losses.
 
-    The main loss weighs ``seed``, the mean over MTP depths ``mtp_factor * seed``.
+    The main loss weighs ``seed``, the mean over MTP depths ``mtp_factor * seed``. With context parallelism a loss is a
+    mean over this rank's own tokens times what it weighs in the whole: averaged over the ranks, losses and gradients
+    are those of the whole sequence.
     """
     losses = model.losses(inputs, labels, loss_mask, auxiliary)
-    mean, seed = model.ops.loss_mean, auxiliary.seed
-    main = mean(losses.main, losses.main_mask, seed=seed, factor=1.0)
+    sequence = SequenceSlice(model.context_group, inputs.shape[1])
+
+    def mean(loss: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        weight = sequence.weight(mask)
+        value = model.ops.loss_mean(loss, mask, seed=auxiliary.seed * weight, factor=factor)
+        return value, value.detach() * weight
+
+    main, main_value = mean(losses.main, losses.main_mask, 1.0)
     factor = auxiliary.mtp_factor / max(len(losses.mtp), 1)
-    mtp = [mean(loss, mask, seed=seed, factor=factor) for loss, mask in zip(losses.mtp, losses.mtp_masks, strict=True)]
-    paddle.autograd.backward([main, *mtp])
-    return main.detach(), paddle.add_n(mtp).detach() / len(mtp) if mtp else None
+    mtp = [mean(loss, mask, factor) for loss, mask in zip(losses.mtp, losses.mtp_masks, strict=True)]
+    paddle.autograd.backward([main, *(loss for loss, _ in mtp)])
+    return main_value, paddle.add_n([value for _, value in mtp]) / len(mtp) if mtp else None
 
 
 def train_step(
@@ -96,9 +108,9 @@ def train_step(
     for router in routers:
         router.update_expert_bias(train.expert_bias_update_rate)
     norm = optimizer.step(learning_rate)
-    records = gather_losses(records, groups.data)
+    records = gather_losses(records, groups)
     seconds = time.perf_counter() - start
-    return StepResult(step, records, norm, learning_rate, seconds, int(tokens) * groups.data.size)
+    return StepResult(step, records, norm, learning_rate, seconds, int(tokens) * groups.replicas.size)
 
 
 @paddle.no_grad()
@@ -111,12 +123,13 @@ def sum_token_counts(routers: Sequence[LearnedRouter], group: Group) -> None:
         paddle.assign(total, router.local_tokens_per_expert)
 
 
-def gather_losses(records: list[MicrobatchLoss], group: Group) -> list[MicrobatchLoss]:
-    """The losses of all data ranks, by microbatch, then rank."""
-    if group.size == 1:
+def gather_losses(records: list[MicrobatchLoss], groups: Groups) -> list[MicrobatchLoss]:
+    """The losses of all data ranks, by microbatch, then rank; means over the slices of context ranks."""
+    if groups.replicas.size == 1:
         return records
     mine = paddle.to_tensor([[r.main, 0.0 if r.mtp is None else r.mtp] for r in records], "float64")
-    everyone = group.all_gather(mine).reshape([group.size, len(records), 2]).tolist()
+    everyone = groups.replicas.all_gather(mine).reshape([groups.data.size, groups.context.size, len(records), 2])
+    everyone = everyone.mean(1).tolist()
     return [
         replace(record, rank=rank, main=losses[i][0], mtp=None if record.mtp is None else losses[i][1])
         for i, record in enumerate(records)

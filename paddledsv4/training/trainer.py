@@ -9,6 +9,7 @@ import paddle
 
 from paddledsv4.config import ModelConfig, ParallelConfig, TrainConfig
 from paddledsv4.distributed.connect import check_same
+from paddledsv4.distributed.context_parallel import check_sequences
 from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.errors import UserError
 from paddledsv4.model import DTYPES, DeepseekV4Model
@@ -55,13 +56,12 @@ class Trainer:
         paddle.seed(train.seed)
         self.train_config, self.policy, self.tokens, self.precision = train, policy, tokens, precision
         self.parallel, self.groups = parallel or ParallelConfig(), groups
-        if self.parallel.context > 1:
-            self.parallel.reject("context", "must be 1: there are no layers for it yet; use the other kinds")
+        check_sequences(model, train, self.parallel)
         sequence_parallel = self.parallel.sequence_parallel and groups.tensor.size > 1
-        if sequence_parallel and train.sequence_length % groups.tensor.size:
+        length = train.sequence_length // self.parallel.context
+        if sequence_parallel and length % groups.tensor.size:
             self.parallel.reject(
-                "sequence_parallel",
-                f"tensor ({groups.tensor.size}) must divide training.sequence_length ({train.sequence_length})",
+                "sequence_parallel", f"tensor ({groups.tensor.size}) must divide the tokens of a sequence ({length})"
             )
         self.model = DeepseekV4Model(model, policy, precision, groups, sequence_parallel)
         if initial_state is not None:
@@ -97,7 +97,8 @@ class Trainer:
             yield train_step(
                 self.model, self.optimizer, self.train_config, step,
                 lambda index, step=step: batches(
-                    self.tokens, step - 1, index, self.groups.data.rank, self.train_config, self.parallel
+                    self.tokens, step - 1, index, self.groups.data.rank, self.train_config, self.parallel,
+                    self.groups.context.rank,
                 ),
                 learning_rate(self.train_config.optimizer, step, self.train_config.steps), self.groups,
             )

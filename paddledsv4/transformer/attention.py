@@ -34,21 +34,24 @@ class CoreAttention(nn.Layer):
     def forward(
         self, query: Tensor, kv: Tensor, x: tuple[Tensor, ...], q_lora: Tensor, context: ForwardContext
     ) -> Tensor:
-        """query [s, b, H, D], kv [s, b, D], x two copies of [s, b, C] for the compressor (none if it has nothing to
-        compress), q_lora [s, b, R] -> [s, b, H*D]."""
-        compressed = self.tensor.copy(self.compressor(*x)) if x else None
+        """query [s, b, H, D], kv [n, b, D] of the n >= s positions up to the last query, x two copies of [s, b, C] for
+        the compressor (none if it has nothing to compress), q_lora [s, b, R] -> [s, b, H*D]."""
+        sequence = context.sequence
+        compressed = self.tensor.copy(self.compressor(*x, sequence)) if x else None
         scores = selected = None
         if self.indexer is not None and x:
-            scores, selected = self.indexer(x[0], q_lora)
+            scores, selected = self.indexer(x[0], q_lora, sequence)
         out = self.ops.sparse_attention(
-            query, kv, compressed, selected, self.attn_sink, window=self.window, ratio=self.ratio, scale=self.scale
+            query, kv, compressed, selected, self.attn_sink,
+            window=self.window, ratio=self.ratio, scale=self.scale, offset=sequence.start,
         )
         losses = context.losses
         if scores is not None and losses.indexer_coeff:
             loss = self.ops.indexer_loss(
                 scores, query.detach(), kv.detach(), compressed.detach(), self.attn_sink.detach(), selected,
                 window=self.window, ratio=self.ratio, scale=self.scale,
-                coeff=losses.indexer_coeff, sparse=losses.indexer_sparse, heads_of=self.tensor.group,
+                coeff=losses.indexer_coeff, sparse=losses.indexer_sparse, offset=sequence.start,
+                heads_of=self.tensor.group,
             )
             out = self.ops.attach_loss(out, loss, losses.indexer_seed)
         return out
@@ -86,13 +89,15 @@ class Attention(nn.Layer):
         """x [s, b, C] -> [s, b, C]."""
         x = self.tensor.gather(x)
         s, b, _ = x.shape
-        cos, sin = self.rotary.table(self.ops, s, self.rotary_dtype)
-        to_q, to_kv, *to_compressor = self.ops.fan_out(x, 4 if self.core_attention.compresses(s) else 2)
+        sequence = context.sequence
+        cos, sin = sequence.local(*self.rotary.table(self.ops, sequence.whole, self.rotary_dtype))
+        to_q, to_kv, *to_compressor = self.ops.fan_out(x, 4 if self.core_attention.compresses(sequence.whole) else 2)
         q_lora = self.q_layernorm(self.linear_q_down_proj(to_q))
         query = self.linear_q_up_proj(self.tensor.copy(q_lora)).reshape([s, b, self.heads, self.head_dim])
         query = self.ops.rope(self.ops.head_norm(query, self.eps), cos, sin)
         kv = self.ops.rope(self.kv_layernorm(self.linear_kv_proj(to_kv)), cos, sin)
-        out = self.core_attention(query, self.tensor.copy(kv), tuple(to_compressor), q_lora, context)
+        kv = self.tensor.copy(sequence.with_previous(kv, self.core_attention.window - 1))
+        out = self.core_attention(query, kv, tuple(to_compressor), q_lora, context)
         out = self.ops.rope(out.reshape(query.shape), cos, sin, inverse=True).reshape([s, b, -1])
         out = self.linear_proj(self.ops.grouped_linear(out, self.linear_o_group_proj, groups=self.groups))
         return self.tensor.leave(out)

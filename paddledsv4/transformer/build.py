@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.config import ModelConfig
-from paddledsv4.distributed.group import ALONE, Groups
+from paddledsv4.distributed.context_parallel import SequenceSlice
+from paddledsv4.distributed.group import ALONE, Group, Groups
 from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.ops.precision import accumulate_dtype
@@ -64,10 +66,17 @@ class AuxiliaryLosses:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """input_ids [b, s] that the hash routers read, and the auxiliary losses of this pass."""
+    """input_ids [b, s] that the hash routers read, the auxiliary losses of this pass, and the ranks (``group``) that
+    hold the other slices of the sequences."""
 
     input_ids: Tensor
     losses: AuxiliaryLosses
+    group: Group = ALONE.context
+
+    @functools.cached_property
+    def sequence(self) -> SequenceSlice:
+        """The slice that input_ids are: all of the sequence without context parallelism."""
+        return SequenceSlice(self.group, self.input_ids.shape[1])
 
 
 def parameter(shape: list[int], dtype: str, initializer: nn.initializer.Initializer) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paddle import Tensor, nn
 
+from paddledsv4.distributed.context_parallel import SequenceSlice
 from paddledsv4.transformer.build import Build, constant
 from paddledsv4.transformer.linear import Linear
 from paddledsv4.transformer.norm import RMSNorm
@@ -11,7 +12,10 @@ from paddledsv4.transformer.rotary import RotaryEmbedding
 
 
 class Compressor(nn.Layer):
-    """a [s, b, C] -> entries [s // ratio, b, head_dim], normalised and rotated to their group's first position."""
+    """a [s, b, C] -> entries [S // ratio, b, head_dim], normalised and rotated to their group's first position.
+
+    s tokens of this rank, S of the sequence, whose entries every rank gets.
+    """
 
     def __init__(self, build: Build, ratio: int, head_dim: int, rotary: RotaryEmbedding):
         super().__init__()
@@ -24,12 +28,11 @@ class Compressor(nn.Layer):
         self.linear_wgate = Linear(build.at("linear_wgate"), build.config.hidden_size, width)
         self.norm = RMSNorm(build.at("norm"), head_dim)
 
-    def forward(self, x_kv: Tensor, x_gate: Tensor) -> Tensor:
+    def forward(self, x_kv: Tensor, x_gate: Tensor, sequence: SequenceSlice) -> Tensor:
         """x_kv and x_gate are the same activation, handed out to its two consumers."""
-        groups = x_kv.shape[0] // self.ratio
-        pooled = self.ops.compress(
-            self.linear_wkv(x_kv), self.linear_wgate(x_gate), self.ape, ratio=self.ratio, overlap=self.overlap
-        )
-        entries = self.norm(pooled.astype(x_kv.dtype))
-        cos, sin = self.rotary.table(self.ops, groups, self.rotary_dtype, stride=self.ratio)
-        return self.ops.rope(entries, cos, sin)
+        entries = sequence.entries(self.ratio, self.overlap)
+        kv, gate = entries.tokens(self.linear_wkv(x_kv)), entries.tokens(self.linear_wgate(x_gate))
+        pooled = self.ops.compress(kv, gate, self.ape, ratio=self.ratio, overlap=self.overlap)
+        made = self.norm(pooled.astype(x_kv.dtype))
+        cos, sin = entries.local(*self.rotary.table(self.ops, entries.whole, self.rotary_dtype, stride=self.ratio))
+        return entries.gather(self.ops.rope(made, cos, sin))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paddle import Tensor, nn
 
+from paddledsv4.distributed.context_parallel import SequenceSlice
 from paddledsv4.transformer.build import Build
 from paddledsv4.transformer.compressor import Compressor
 from paddledsv4.transformer.linear import Linear
@@ -23,14 +24,17 @@ class Indexer(nn.Layer):
         self.linear_weights_proj = Linear(build.at("linear_weights_proj"), config.hidden_size, self.heads)
         self.compressor = Compressor(build.at("compressor"), ratio, self.head_dim, rotary)
 
-    def forward(self, x: Tensor, q_lora: Tensor) -> tuple[Tensor, Tensor]:
-        """x [s, b, C], q_lora [s, b, R] -> scores [b, s, g], chosen entries [b, s, min(topk, g)] int32, -1: none."""
+    def forward(self, x: Tensor, q_lora: Tensor, sequence: SequenceSlice) -> tuple[Tensor, Tensor]:
+        """x [s, b, C], q_lora [s, b, R] -> scores [b, s, g], chosen entries [b, s, min(topk, g)] int32, -1: none.
+
+        The g entries are those of the whole sequence.
+        """
         x, q_lora = x.detach(), q_lora.detach()
         s, b, _ = x.shape
-        cos, sin = self.rotary.table(self.ops, s, self.rotary_dtype)
+        cos, sin = sequence.local(*self.rotary.table(self.ops, sequence.whole, self.rotary_dtype))
         query = self.linear_wq_b(q_lora).reshape([s, b, self.heads, self.head_dim])
         query = self.ops.hadamard(self.ops.rope(query, cos, sin))
-        key = self.ops.hadamard(self.compressor(x, x))
+        key = self.ops.hadamard(self.compressor(x, x, sequence))
         weights = self.ops.indexer_weights(self.linear_weights_proj(x), self.heads)
         scores = self.ops.indexer_score(query, key, weights)
-        return scores, self.ops.indexer_topk(scores.detach(), self.topk, self.ratio)
+        return scores, self.ops.indexer_topk(scores.detach(), self.topk, self.ratio, offset=sequence.start)

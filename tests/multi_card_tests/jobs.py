@@ -21,6 +21,7 @@ from paddledsv4.host import prepare_host
 
 prepare_host(bitwise=True)
 
+import context_checks  # noqa: E402
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 import tensor_checks  # noqa: E402
@@ -192,11 +193,6 @@ def check_another_configuration_is_refused_everywhere(groups: Groups) -> None:
     )
 
 
-def check_layouts_without_layers_are_refused(groups: Groups) -> None:
-    parallel = ParallelConfig(world_size=RANKS, context=RANKS)
-    refused("parallel.context", lambda: trainer("paddle", "fp32", groups, parallel))
-
-
 def refused(says: str, function: Callable) -> None:
     try:
         function()
@@ -206,9 +202,8 @@ def refused(says: str, function: Callable) -> None:
     raise AssertionError("nothing was refused")
 
 
-CHECKS = {
-    name: function for name, function in (globals() | vars(tensor_checks)).items() if name.startswith("check_")
-}
+EVERYWHERE = globals() | vars(context_checks) | vars(tensor_checks)
+CHECKS = {name: function for name, function in EVERYWHERE.items() if name.startswith("check_")}
 
 
 def checks(groups: Groups, file: str) -> None:

@@ -117,6 +117,14 @@ def check_tensor_parallel_is_the_same_model(groups: Groups) -> None:
         same_model(groups.world, parallel)
 
 
+def check_tensor_and_context_parallel_together_are_the_same_model(groups: Groups) -> str | None:
+    if RANKS < 4:
+        return "skipped: needs four ranks"
+    both = layout().replace(data=RANKS // 4, context=2)
+    for parallel in both, both.replace(sequence_parallel=True, expert=2, expert_tensor=1):
+        same_model(groups.world, parallel)
+
+
 def check_tensor_parallel_losses_of_20_steps(groups: Groups) -> str | None:
     """The acceptance of tensor parallelism: paddle preset, float32, losses within 1e-5."""
     if RANKS > 2:

@@ -10,7 +10,7 @@ from unittest import mock
 import paddle
 from paddle.autograd import PyLayer
 
-from paddledsv4 import model as model_file
+from paddledsv4.distributed.context_parallel import SequenceSlice
 from paddledsv4.moe.router import LearnedRouter
 from paddledsv4.numerics.bfloat16 import at_the_boundary
 from paddledsv4.numerics.registry import load_all
@@ -118,7 +118,7 @@ def patched(name: str, op_name: str, target, attribute: str, value, **more) -> B
 # ---- wiring
 
 
-def _roll_two(x):
+def _roll_two(sequence, x):
     return paddle.concat([x[:, 2:], paddle.zeros_like(x[:, :2])], 1)
 
 
@@ -230,7 +230,7 @@ BUGS = [
     argument("aux loss on another top-k", "sequence_aux_loss", 2, lambda k: k + 1),
     patched("indexer loss over the microbatches", "attach_loss", step_file, "auxiliary_losses", _half_indexer_loss),
     patched("MTP loss factor doubled", "loss_mean", step_file, "auxiliary_losses", _larger_mtp_factor),
-    patched("MTP roll off by one", "embedding", model_file, "roll_left", _roll_two),
+    patched("MTP roll off by one", "embedding", SequenceSlice, "roll_left", _roll_two),
     patched("attention scale of a layer +0.1 %", "sparse_attention", attention_file.Attention, "forward", _no_scale),
     patched("expert bias stale", "router_topk", LearnedRouter, "choose", _no_bias),
     patched("query cut off from the graph", "linear", attention_file.Attention, "forward", _detached_query),
