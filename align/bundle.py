@@ -22,6 +22,7 @@ from align.readlog import read_log
 from align.tensors import read_tensors
 from paddledsv4.config import ModelConfig, ParallelConfig, TrainConfig
 from paddledsv4.errors import UserError
+from paddledsv4.numerics.settings import with_environment
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "data"
@@ -113,7 +114,7 @@ def load_bundle(bundle: str | Path) -> Bundle:
         raise UserError(f"{path} is what one rank of a job wrote; first put all ranks together with align merge")
     where = f"{path / 'bundle.json'}: "
     model = ModelConfig.from_dict(described["model"], where=where + "model")
-    training = TrainConfig.from_dict(described["training"], where=str(path / "bundle.json"))
+    training = with_environment(TrainConfig.from_dict(described["training"], where=str(path / "bundle.json")))
     parallel = ParallelConfig.from_dict(described["parallel"], where=str(path / "bundle.json"))
     tokens = _read_tokens(path / "tokens.npy", model, training, parallel)
     name = described.get("name", path.resolve().name)

@@ -21,6 +21,7 @@ from paddledsv4.errors import UserError
 from paddledsv4.info import ACTIVATION_FORMULA, BFLOAT16, FLOAT32, ModelInfo, model_info
 from paddledsv4.numerics.options import LayerOps, Ops
 from paddledsv4.numerics.rules import Overrides
+from paddledsv4.numerics.settings import with_environment
 
 if TYPE_CHECKING:
     from paddledsv4.training.runlog import RunLog
@@ -86,6 +87,7 @@ def train(
         training, data = recipe.require("training"), recipe.require("data")
     except UserError as error:
         raise UserError(f"{config}: {error}") from None
+    training = with_environment(training)
     training = training.replace(steps=steps) if steps else training
     tokens = load_tokens(data.tokens, training.sequence_length, recipe.model.vocab_size)
 
@@ -224,7 +226,7 @@ def numerics(
         Path | None, typer.Option(help="Put the markdown table between the markers in this file.")
     ] = None,
 ) -> None:
-    """List every numeric switch: op, variable, variants with the active one marked, specification, ULPs.
+    """List every numeric switch, ops before settings: variable, variants with the active one marked, spec, ULPs.
 
     ULPs: mean distance, in units of the last place, between Paddle's kernels (variant megatron) and torch's (variant
     torch) on the same numbers, forward / backward.

@@ -22,6 +22,7 @@ from align.run import Tally, check_supported, header
 from paddledsv4.errors import UserError
 from paddledsv4.host import prepare_host
 from paddledsv4.numerics.rules import Overrides
+from paddledsv4.numerics.settings import from_environment
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def _description(
     torch = sys.modules.get("torch")  # there when a policy computes with its kernels
     if torch is not None:
         source["torch"] = torch.__version__
-    training = described["training"] | {"steps": len(seconds)}
+    chosen = {name: getattr(bundle.training, name) for name in from_environment()}
+    training = described["training"] | chosen | {"steps": len(seconds)}
     return described | {"name": request.out.name, "source": source | kernel_fingerprint(torch), "training": training}
 
 

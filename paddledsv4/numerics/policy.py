@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.registry import OPS, Op, load_all
 from paddledsv4.numerics.rules import LayerRule, Overrides, layer_rules
+from paddledsv4.numerics.settings import SETTINGS
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "paddle": ("paddle",),
@@ -88,14 +89,15 @@ class Policy:
             UserError: as :meth:`preset`; also for a PADDLEDSV4_ variable that names no op, or a malformed one.
         """
         by_variable = {op.environment_variable: op.name for op in load_all().values()}
+        settings = [setting.environment_variable for setting in SETTINGS]
         chosen = {}
         for variable, value in environ.items():
-            if variable in (PRESET_VARIABLE, LAYERS_VARIABLE) or not variable.startswith(PREFIX):
+            if variable in (PRESET_VARIABLE, LAYERS_VARIABLE, *settings) or not variable.startswith(PREFIX):
                 continue
             if variable not in by_variable:
                 raise UserError(
                     f"environment variable {variable} names no op; the variables are: {PRESET_VARIABLE}, "
-                    f"{LAYERS_VARIABLE}, " + ", ".join(sorted(by_variable))
+                    f"{LAYERS_VARIABLE}, " + ", ".join(sorted([*by_variable, *settings]))
                 )
             chosen[by_variable[variable]] = value
         text = environ.get(LAYERS_VARIABLE)

@@ -13,6 +13,7 @@ from rich.table import Table
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.numerics.registry import Op, load_all
+from paddledsv4.numerics.settings import SETTINGS, from_environment
 from paddledsv4.numerics.ulps import both, measured
 
 BEGIN, END = "<!-- numerics table: begin -->", "<!-- numerics table: end -->"
@@ -20,7 +21,7 @@ BEGIN, END = "<!-- numerics table: begin -->", "<!-- numerics table: end -->"
 
 @dataclass(frozen=True)
 class Row:
-    """One op: its switch, the notes of its variants, the active one, and the measured distance of its kernels.
+    """One op or setting: its switch, the notes of its variants, the active one, the measured distance of its kernels.
 
     ``same_bits``: variant -> why it gives the bits of ``megatron`` in float32 on a CPU.
     """
@@ -41,9 +42,17 @@ class Row:
 
 
 def rows(policy: Policy) -> list[Row]:
-    """The rows of the table, sorted by op."""
+    """The ops of the table, sorted."""
     ulps = measured()["ops"]
     return [_row(op, policy.choices[op.name], ulps) for op in sorted(load_all().values(), key=lambda op: op.name)]
+
+
+def setting_rows(chosen: Mapping[str, str]) -> list[Row]:
+    """The settings behind the ops. ``chosen``: setting -> value, where it is not the default."""
+    return [
+        Row(s.name, s.summary, s.environment_variable, s.variants, {}, chosen.get(s.name, s.default), s.spec, None)
+        for s in SETTINGS
+    ]
 
 
 def _row(op: Op, active: str, ulps: Mapping[str, Any]) -> Row:
@@ -57,7 +66,7 @@ def as_table(policy: Policy) -> Table:
     title = f"numerics {policy.name} ({policy.fingerprint})"
     table = Table("op", "variable", "variants: what differs", "spec", title=title)
     table.add_column("ULPs", justify="right")
-    for row in rows(policy):
+    for row in rows(policy) + setting_rows(from_environment()):
         lines = []
         for name, note in row.variants.items():
             same = row.same_bits.get(name)
@@ -71,10 +80,11 @@ def as_table(policy: Policy) -> Table:
 def as_markdown(policy: Policy) -> str:
     """For the README. Of the torch variant, only the name: it is ``megatron`` on torch's kernels throughout.
 
-    An equals sign marks the variants that give the bits of ``megatron`` in float32 on a CPU.
+    Settings are shown at their defaults. An equals sign marks the variants that give the bits of ``megatron`` in
+    float32 on a CPU.
     """
     lines = ["| op | variable | variants: what differs | spec | ULPs |", "|---|---|---|---|---|"]
-    for row in rows(policy):
+    for row in rows(policy) + setting_rows({}):
         notes = [
             (f"**{name}**" if name == row.active else f"`{name}`")
             + ("=" if name in row.same_bits else "")
@@ -98,6 +108,7 @@ def as_dict(policy: Policy) -> dict[str, Any]:
         "layers": [str(rule) for rule in policy.layers],
         "ulps_made_with": measured()["made_with"],
         "ops": [asdict(row) for row in rows(policy)],
+        "settings": [asdict(row) for row in setting_rows(from_environment())],
     }
 
 

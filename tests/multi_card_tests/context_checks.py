@@ -1,6 +1,6 @@
 """Checks of context parallelism, run by jobs.py inside the ranks: slices of sequences against whole ones on one card.
 
-The model has sliding-window, ratio-4 and ratio-128 layers; borders of slices cut groups of both ratios.
+Borders of slices cut groups of both ratios. Rank 0 alone computes on whole sequences and compares.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from paddledsv4.training.data import batches
 from paddledsv4.training.step import auxiliary_losses, microbatch_gradients
 from paddledsv4.transformer.build import ForwardContext
 
-LENGTH = {2: 138, 4: 140, 8: 136}[int(os.environ["PADDLE_TRAINERS_NUM"])]
-SHAPE = {"num_hidden_layers": 3, "compress_ratios": (0, 4, 128, 4), "sequence_length": LENGTH, "micro_batch_size": 2}
+RANKS = int(os.environ["PADDLE_TRAINERS_NUM"])
+SHORT = {"compress_ratios": (0, 4, 4), "sequence_length": {2: 38, 4: 36, 8: 40}[RANKS], "micro_batch_size": 2}
+LONG = {"compress_ratios": (4, 128, 0), "sequence_length": {2: 138, 4: 140, 8: 136}[RANKS], "micro_batch_size": 1}
 
 
 def slices_only(groups: Groups) -> tuple[Groups, ParallelConfig]:
@@ -51,7 +52,7 @@ def pairs(groups: Groups, expert: int) -> tuple[Groups, ParallelConfig]:
 
 @dataclass
 class FirstStep:
-    """Losses of every token of this rank and their means; gradients by name, averaged over the ranks."""
+    """Losses of every token of the sequence and their means; gradients by name, averaged over the ranks."""
 
     main: np.ndarray
     mtp: np.ndarray
@@ -60,7 +61,7 @@ class FirstStep:
 
 
 def first_step(preset: str, precision: str, groups: Groups = ALONE, parallel: ParallelConfig | None = None, **changes):
-    runner = trainer(preset, precision, groups, parallel, **SHAPE | changes)
+    runner = trainer(preset, precision, groups, parallel, **changes)
     rows = batches(runner.tokens, 0, 0, 0, runner.train_config, runner.parallel, groups.context.rank)
     inputs, labels = (paddle.to_tensor(x) for x in rows)
     auxiliary = auxiliary_losses(runner.train_config)
@@ -68,12 +69,12 @@ def first_step(preset: str, precision: str, groups: Groups = ALONE, parallel: Pa
     with paddle.no_grad():
         losses = runner.model.losses(inputs, labels, mask, auxiliary)
     means = microbatch_gradients(runner.model, auxiliary, inputs, labels, mask)
-    means = paddle.stack([mean.astype("float64") for mean in means])
     runner.optimizer.accumulate()
     runner.optimizer.gradients.average()
     found = {state.name: state.main_grad.numpy() for state in runner.optimizer.states}
-    means = groups.context.all_reduce_(means).numpy() / groups.context.size
-    return FirstStep(losses.main.numpy(), losses.mtp[0].numpy(), means, found)
+    main, mtp = (groups.context.all_gather(x.t().contiguous()).numpy() for x in (losses.main, losses.mtp[0]))
+    means = paddle.stack([mean.astype("float64") for mean in means])
+    return FirstStep(main, mtp, groups.context.all_reduce_(means).numpy() / groups.context.size, found)
 
 
 whole_step = functools.cache(first_step)
@@ -96,27 +97,38 @@ def check_redistribute(groups: Groups) -> None:
     np.testing.assert_array_equal(x.grad.numpy(), np.array(expected, float).reshape([-1, 1]).repeat(2, 1))
 
 
-def check_a_slice_has_the_log_probabilities_of_the_sequence(groups: Groups) -> None:
+# torch's vector kernels leave the last elements of a tensor, up to 15, to another routine. So that none of a slice are
+# last where those of the sequence are not, the gates of the 4 streams have a multiple of 16 elements in every slice.
+WHOLE_VECTORS = [
+    SHORT | {"micro_batch_size": 4},
+    LONG | {"sequence_length": {2: 136, 4: 144, 8: 160}[RANKS]},
+]
+
+
+def check_slices_have_the_log_probabilities_of_the_sequence(groups: Groups) -> None:
     """In the torch preset every bit of them, in the main head's and in MTP's."""
-    one, many = whole_step("torch", "fp32"), first_step("torch", "fp32", *slices_only(groups))
-    assert largest_difference(one, many, groups.world) == 0.0
+    for shape in WHOLE_VECTORS:
+        many = first_step("torch", "fp32", *slices_only(groups), **shape)
+        if groups.world.rank == 0:
+            assert largest_difference(whole_step("torch", "fp32", **shape), many) == 0.0
 
 
-def largest_difference(one: FirstStep, many: FirstStep, group: Group) -> float:
-    length = many.main.shape[1]
-    here = slice(group.rank * length, (group.rank + 1) * length)
-    return max(np.abs(one.main[:, here] - many.main).max(), np.abs(one.mtp[:, here] - many.mtp).max())
+def largest_difference(one: FirstStep, many: FirstStep) -> float:
+    return max(np.abs(one.main - many.main).max(), np.abs(one.mtp - many.mtp).max())
 
 
 def check_losses_and_gradients_of_slices_are_those_of_the_sequence(groups: Groups) -> None:
     """In float64 every gradient. In float32 losses and the gradient as a whole to 1e-6, and each parameter's to 1e-6 of
     its own norm, or 1e-8 of the whole gradient's where it is a sum that cancels."""
-    for precision, relative, absolute in (("fp64", 1e-9, 1e-13), ("fp32", 1e-6, 1e-8)):
-        one, many = whole_step("paddle", precision), first_step("paddle", precision, *slices_only(groups))
-        np.testing.assert_allclose(many.means, one.means, 1e-6 if precision == "fp32" else 1e-13)
-        assert_close_gradients(one, many, relative, absolute)
-    whole, parts = (np.concatenate([g.ravel() for g in step.gradients.values()]) for step in (one, many))
-    assert np.linalg.norm(whole - parts) <= 1e-6 * np.linalg.norm(whole)
+    for shape, precision in ((SHORT, "fp32"), (SHORT, "fp64"), (LONG, "fp32"), (LONG, "fp64")):
+        many = first_step("paddle", precision, *slices_only(groups), **shape)
+        if groups.world.rank == 0:
+            single = precision == "fp32"
+            one = whole_step("paddle", precision, **shape)
+            np.testing.assert_allclose(many.means, one.means, 1e-6 if single else 1e-13)
+            assert_close_gradients(one, many, *((1e-6, 1e-8) if single else (1e-9, 1e-13)))
+            whole, parts = (np.concatenate([g.ravel() for g in step.gradients.values()]) for step in (one, many))
+            assert np.linalg.norm(whole - parts) <= 1e-6 * np.linalg.norm(whole)
 
 
 def assert_close_gradients(one: FirstStep, many: FirstStep, relative: float, absolute: float) -> None:
@@ -133,8 +145,11 @@ def check_training_on_slices_is_training(groups: Groups) -> None:
     layouts = [(slices_only(groups), 1, "megatron"), (pairs(groups, 1), size // 2, "per_microbatch"),
                (pairs(groups, 2), size // 2, "per_microbatch")]
     for layout, data, scale in layouts:
-        changes = SHAPE | {"micro_batch_size": 1, "indexer_loss_scale": scale}
-        one, many = on_one_card(2, "paddle", "fp64", data, **changes), on_many(2, "paddle", "fp64", *layout, **changes)
+        changes = SHORT | {"micro_batch_size": 1, "indexer_loss_scale": scale}
+        many = on_many(2, "paddle", "fp64", *layout, **changes)
+        if groups.world.rank:
+            continue
+        one = on_one_card(2, "paddle", "fp64", data, **changes)
         np.testing.assert_allclose(many.losses, one.losses, 1e-12)
         np.testing.assert_allclose(many.norms, one.norms, 1e-11)
         for name, value in many.state.items():
@@ -212,35 +227,33 @@ PLANTS = {
 }
 
 
-def check_planted_bugs_of_slices_are_seen(groups: Groups) -> None:
-    """By a gradient in float64, each of them."""
-    sliced = slices_only(groups)
+def check_planted_bugs_of_slices_are_seen(groups: Groups) -> str | None:
+    """Each of them by a gradient in float64."""
+    if RANKS > 2:
+        return "skipped: seen on two ranks"
     for bug, plant in PLANTS.items():
         with mock.patch.object(*plant):
-            many = first_step("paddle", "fp64", *sliced)
-        if groups.world.all_reduce_(paddle.to_tensor([seen(many)]), "max").item() == 0:
+            many = first_step("paddle", "fp64", *slices_only(groups), **SHORT)
+        if groups.world.rank == 0 and same_gradients(whole_step("paddle", "fp64", **SHORT), many):
             raise AssertionError(f"not seen: {bug}")
+    return None
 
 
-def seen(many: FirstStep) -> int:
+def same_gradients(one: FirstStep, many: FirstStep) -> bool:
     try:
-        assert_close_gradients(whole_step("paddle", "fp64"), many, 1e-9, 1e-13)
+        assert_close_gradients(one, many, 1e-9, 1e-13)
     except AssertionError:
-        return 1
-    return 0
+        return False
+    return True
 
 
-def dispatch_as_they_are(self, *arguments):
+def as_they_are(self, *arguments):
     return local_dispatch(*arguments)
 
 
 def check_experts_of_few_rows_have_other_bits(groups: Groups) -> None:
     """Why SliceDispatcher adds rows: without, some log-probabilities differ in the torch preset."""
-    few = {"sequence_length": 8 * groups.world.size, "micro_batch_size": 1, "n_routed_experts": 8}
-    sliced = slices_only(groups)
-    one = whole_step("torch", "fp32", **few)
-    assert largest_difference(one, first_step("torch", "fp32", *sliced, **few), groups.world) == 0.0
-    with mock.patch.object(SliceDispatcher, "__call__", dispatch_as_they_are):
-        many = first_step("torch", "fp32", *sliced, **few)
-    difference = paddle.to_tensor([largest_difference(one, many, groups.world)])
-    assert groups.world.all_reduce_(difference, "max").item() > 0
+    few = SHORT | {"sequence_length": 8 * RANKS, "micro_batch_size": 1}
+    with mock.patch.object(SliceDispatcher, "__call__", as_they_are):
+        many = first_step("torch", "fp32", *slices_only(groups), **few)
+    assert groups.world.rank or largest_difference(whole_step("torch", "fp32", **few), many) > 0
