@@ -58,10 +58,11 @@ class Trainer:
         if self.parallel.context > 1:
             self.parallel.reject("context", "must be 1: there are no layers for it yet; use the other kinds")
         sequence_parallel = self.parallel.sequence_parallel and groups.tensor.size > 1
-        if sequence_parallel and train.sequence_length % groups.tensor.size:
+        slices = self.parallel.tensor * self.parallel.context
+        if sequence_parallel and train.sequence_length % slices:
             self.parallel.reject(
                 "sequence_parallel",
-                f"tensor ({groups.tensor.size}) must divide training.sequence_length ({train.sequence_length})",
+                f"tensor x context ({slices}) must divide training.sequence_length ({train.sequence_length})",
             )
         self.model = DeepseekV4Model(model, policy, precision, groups, sequence_parallel)
         if initial_state is not None:
