@@ -23,23 +23,29 @@ def shard(full: Tensor, split: Split, group: Group) -> Tensor:
     return kept
 
 
-class ColumnParallelLinear(Linear):
-    """x [..., in] whole -> this rank's part of [..., out]: columns of W^T, that is, rows of the weight [out, in]."""
+class ShardedLinear(Linear):
+    """y = x W^T with this rank's shard of the weight [out, in], of which ``split`` says which it is."""
 
-    split = ROWS
+    split: Split
 
     def __init__(self, build: Build, in_features: int, out_features: int, group: Group):
         super().__init__(build, in_features, out_features)
         self.weight = shard(self.weight, self.split, group)
 
 
-class GateAndLinear(ColumnParallelLinear):
-    """A column-parallel layer with two outputs side by side, of each of which a rank has its part."""
+class ColumnParallelLinear(ShardedLinear):
+    """x [..., in] whole -> this rank's part of [..., out]: columns of W^T, which are rows of the weight."""
+
+    split = ROWS
+
+
+class GateAndLinear(ShardedLinear):
+    """Column-parallel with two outputs side by side: of each of them a rank has its part."""
 
     split = GATE_AND_LINEAR
 
 
-class RowParallelLinear(ColumnParallelLinear):
+class RowParallelLinear(ShardedLinear):
     """This rank's part of x [..., in] -> its part of the sum that is the output [..., out]."""
 
     split = COLUMNS

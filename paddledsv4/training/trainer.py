@@ -58,10 +58,11 @@ class Trainer:
         self.parallel, self.groups = parallel or ParallelConfig(), groups
         check_sequences(model, train, self.parallel)
         sequence_parallel = self.parallel.sequence_parallel and groups.tensor.size > 1
-        length = train.sequence_length // self.parallel.context
-        if sequence_parallel and length % groups.tensor.size:
+        slices = self.parallel.tensor * self.parallel.context
+        if sequence_parallel and train.sequence_length % slices:
             self.parallel.reject(
-                "sequence_parallel", f"tensor ({groups.tensor.size}) must divide the tokens of a sequence ({length})"
+                "sequence_parallel",
+                f"tensor x context ({slices}) must divide training.sequence_length ({train.sequence_length})",
             )
         self.model = DeepseekV4Model(model, policy, precision, groups, sequence_parallel)
         if initial_state is not None:

@@ -124,7 +124,7 @@ def test_the_norm_counts_what_all_ranks_hold_once():
 def test_a_sequence_that_cannot_be_sliced_is_refused():
     config, train = tiny_configs()
     parallel = ParallelConfig(world_size=3, tensor=3, sequence_parallel=True)
-    with pytest.raises(UserError, match=r"tensor \(3\) must divide training.sequence_length"):
+    with pytest.raises(UserError, match=r"tensor x context \(3\) must divide training.sequence_length"):
         Trainer(config, train, Policy.preset(), np.zeros([1, 9]), parallel=parallel, groups=rank_of(3, 0))
 
 
