@@ -1,0 +1,140 @@
+"""The file of one rank: pieces of tensors in the safetensors format.
+
+A piece says where it lies in the whole tensor, so that ranks of another layout find what they need. Beside the file,
+a JSON of the same name lists the pieces with a CRC-32 each, which costs a quarter of an MD5 and names the tensor that
+is damaged. Plain Python and numpy: other threads go on while a thread writes and hashes, since both release Python's
+lock, and safetensors' own writer gives no digest and does not wait for the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paddledsv4.errors import UserError
+
+# safetensors' name -> numpy's; numpy has no bfloat16, whose bits travel as uint16
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+    "BOOL": "?",
+}  # fmt: skip
+CHUNK = 8 << 20  # bytes written and hashed at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements of tensor ``name`` from ``offset`` on, ``shape`` of them; whole, if that is ``global_shape``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, name: str, dtype: str, shape: Iterable[int]) -> Piece:
+        """A tensor that one rank holds all of."""
+        shape = tuple(shape)
+        return cls(name, dtype, shape, shape, (0,) * len(shape))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+def in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
+    """Wide numbers first, so that every tensor is aligned; then by name."""
+    return sorted(pieces, key=lambda p: (-np.dtype(DTYPES[p.dtype]).itemsize, p.name))
+
+
+def places(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, int, int]]:
+    """Each piece with its first byte in the data, and the first byte after it."""
+    end = 0
+    for piece in pieces:
+        begin, end = end, end + piece.bytes
+        yield piece, begin, end
+
+
+def header(pieces: list[Piece]) -> bytes:
+    """The beginning of a safetensors file with these pieces in this order."""
+    entries = {
+        piece.name: {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [begin, end]}
+        for piece, begin, end in places(pieces)
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write(path: Path, pieces: list[Piece], data: np.ndarray) -> dict[str, Any]:
+    """Write pieces whose bytes lie one after another in ``data`` [uint8]; returns the record of the file.
+
+    Returns when the bytes are on the disk.
+    """
+    start, digest = header(pieces), hashlib.md5()
+    with path.open("wb") as file:
+        for chunk in (start, *(data[i : i + CHUNK] for i in range(0, len(data), CHUNK))):
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    listed = [asdict(piece) | {"crc32": zlib.crc32(data[begin:end])} for piece, begin, end in places(pieces)]
+    return {"file": path.name, "bytes": len(start) + len(data), "md5": digest.hexdigest(), "tensors": listed}
+
+
+class ShardFile:
+    """A written file, mapped into memory; nothing is read before it is asked for.
+
+    Args:
+        record: what :func:`write` returned for it.
+
+    Raises:
+        UserError: the file is missing, too short or too long, or its header is not the recorded one.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any]):
+        self.path = folder / record["file"]
+        entries = [dict(entry) for entry in record["tensors"]]
+        self.checks = {entry["name"]: entry.pop("crc32") for entry in entries}
+        sizes = ("shape", "global_shape", "offset")
+        self.pieces = [Piece(**entry | {key: tuple(entry[key]) for key in sizes}) for entry in entries]
+        start = header(self.pieces)
+        self.begins = {piece.name: len(start) + begin for piece, begin, _ in places(self.pieces)}
+        self._check_size(record["bytes"])
+        with self.path.open("rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self.map[: len(start)] != start:
+            raise UserError(f"{self.path}: the header is damaged: it does not list the tensors that were written")
+
+    def _check_size(self, expected: int) -> None:
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            first = f", with {self.pieces[0].name} and {len(self.pieces) - 1} other tensors" if self.pieces else ""
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}){first}") from None
+        if size != expected:
+            cut = next((p.name for p in self.pieces if self.begins[p.name] + p.bytes > size), None)
+            what = f"truncated: tensor {cut} is not whole" if cut else "not what was written"
+            raise UserError(f"{self.path}: has {size} bytes instead of {expected}; {what}")
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """The piece, checked; a view of the file. bfloat16 comes as uint16.
+
+        Raises:
+            UserError: its bytes are not those that were written.
+        """
+        begin = self.begins[piece.name]
+        data = np.frombuffer(self.map, np.uint8, piece.bytes, begin)
+        if zlib.crc32(data) != self.checks[piece.name]:
+            raise UserError(f"{self.path}: tensor {piece.name} is damaged: its CRC-32 is not the recorded one")
+        return data.view(DTYPES[piece.dtype]).reshape(piece.shape)

@@ -1,0 +1,102 @@
+"""What of a trainer a checkpoint keeps, and which rank writes what.
+
+Tensors: ``model/NAME`` parameters and persistent buffers (expert bias, hash tables), ``m/NAME`` and ``v/NAME`` the
+moments, ``master/NAME`` where the optimizer updates a wider copy. Main gradients and token counts are zero between
+steps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from paddledsv4.distributed.group import Groups
+from paddledsv4.ops.precision import dtype_name
+from paddledsv4.training.checkpoint.shard import DTYPES, Piece, in_file_order, places
+from paddledsv4.weights.load import expert_index, named_tensors
+
+if TYPE_CHECKING:
+    from paddledsv4.training.trainer import Trainer
+
+SAFETENSORS = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
+    "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+def state(trainer: Trainer) -> Iterator[tuple[Piece, Tensor]]:
+    """Everything that this rank holds."""
+    group = trainer.groups.tensor
+    for name, tensor in named_tensors(trainer.model).items():
+        yield _piece(f"model/{name}", tensor, tensor, group), tensor
+    for kept in trainer.optimizer.states:
+        own = {"m": kept.m, "v": kept.v}
+        if kept.master.dtype != kept.parameter.dtype:
+            own["master"] = kept.master
+        for kind, tensor in own.items():
+            yield _piece(f"{kind}/{kept.name}", tensor, kept.parameter, group), tensor
+
+
+def _piece(name: str, tensor: Tensor, like: Tensor, group) -> Piece:
+    """A parameter that tensor parallelism splits says along which dimension in ``split_axis``; shares are equal."""
+    axis, shape = getattr(like, "split_axis", None), tuple(tensor.shape)
+    dtype = SAFETENSORS[dtype_name(tensor)]
+    if axis is None:
+        return Piece.whole(name, dtype, shape)
+    share = shape[axis]
+    whole = tuple(n * group.size if i == axis else n for i, n in enumerate(shape))
+    return Piece(name, dtype, shape, whole, tuple(share * group.rank if i == axis else 0 for i in range(len(shape))))
+
+
+def owned(piece: Piece, groups: Groups) -> bool:
+    """Whether this rank is the one that writes the piece: of all ranks that hold it, the first."""
+    if expert_index(piece.name) is not None:
+        return groups.expert_data.rank == 0
+    return groups.replicas.rank == 0 and (piece.shape != piece.global_shape or groups.tensor.rank == 0)
+
+
+class Snapshot:
+    """A copy in this host's memory, laid out as the data of a file; the memory is allocated once and used again."""
+
+    def __init__(self, trainer: Trainer):
+        tensors = {piece: tensor for piece, tensor in state(trainer) if owned(piece, trainer.groups)}
+        self.pieces = in_file_order(tensors)
+        self.tensors = [tensors[piece] for piece in self.pieces]
+        self.data = np.empty(sum(piece.bytes for piece in self.pieces), np.uint8)
+
+    @paddle.no_grad()
+    def take(self) -> None:
+        """Copy the tensors as they are now."""
+        for (piece, begin, end), tensor in zip(places(self.pieces), self.tensors, strict=True):
+            target = self.data[begin:end].view(DTYPES[piece.dtype]).reshape(piece.shape)
+            np.copyto(target, host_array(tensor), casting="no")
+
+
+def host_array(tensor: Tensor) -> np.ndarray:
+    """The tensor's numbers: its own memory on a CPU, else a copy. bfloat16 as the uint16 of its bits."""
+    tensor = tensor.detach()
+    if not tensor.place.is_cpu_place():
+        return tensor.numpy()
+    if tensor.dtype == paddle.bfloat16:
+        return np.from_dlpack(tensor.view("int16")).view(np.uint16)
+    return np.from_dlpack(tensor)
+
+
+def random_state() -> dict[str, Any]:
+    """Of Python's and numpy's generators. Paddle's is set anew for every step, see ``Trainer.train``."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {"python": [version, list(numbers), gauss], "numpy": [kind, keys.tolist(), *rest]}
+
+
+def set_random_state(saved: Mapping[str, Any]) -> None:
+    """Undo :func:`random_state`."""
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
