@@ -39,8 +39,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     said = values.pop("md5", None)
     if seal(values)["md5"] != said:
         raise UserError(f"{folder / RECORD}: is damaged: its MD5 is not the recorded one")
-    if values["format"] != FORMAT:
-        raise UserError(f"{folder / RECORD}: has format {values['format']}; this version reads format {FORMAT}")
+    if values.get("format") != FORMAT:
+        raise UserError(f"{folder / RECORD}: has format {values.get('format')}; this version reads format {FORMAT}")
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from paddle import Tensor
 from paddledsv4.distributed.connect import check_same
 from paddledsv4.errors import UserError
 from paddledsv4.moe.experts import local_experts
-from paddledsv4.training.checkpoint.directory import find
+from paddledsv4.training.checkpoint.directory import Directory, find
 from paddledsv4.training.checkpoint.identity import KINDS, differences, identity, layout, other_arithmetic
 from paddledsv4.training.checkpoint.record import digest, read_rank, read_record
 from paddledsv4.training.checkpoint.shard import DTYPES, Piece, ShardFile
@@ -40,16 +41,14 @@ def resume(trainer: Trainer, source: Path, force: bool = False) -> list[str]:
     """
     directory, step = find(source)
     folder = directory.folder(step)
-    try:
+    with _offering(directory, step):
         record = read_record(folder)
-        other = list(differences(record["run"], identity(trainer)))
-        if other and not force:
-            raise UserError(f"{folder} was saved by another run: {_listed(other)}; --force resumes all the same")
         ranks = [read_rank(folder, rank, record) for rank in range(record["ranks"])]
+    other = list(differences(record["run"], identity(trainer)))
+    if other and not force:
+        raise UserError(f"{folder} was saved by another run: {_listed(other)}; --force resumes all the same")
+    with _offering(directory, step):
         _restore(trainer, _Tensors(folder, ranks))
-    except UserError as error:
-        offer = "" if "--force" in str(error) else directory.offer(step)
-        raise UserError(f"{error}{offer}") from None
     trainer.go_on_after(record["step"], record["rows_seen"])
     world = trainer.groups.world
     set_random_state(ranks[min(world.rank, len(ranks) - 1)]["random"])
@@ -57,6 +56,15 @@ def resume(trainer: Trainer, source: Path, force: bool = False) -> list[str]:
         check_same(world, {"the checkpoint": digest(str(record["files"]).encode())})
         trainer.check_ranks()
     return [f"resumed after step {step} from {folder}", *_notes(trainer, record, other)]
+
+
+@contextlib.contextmanager
+def _offering(directory: Directory, step: int) -> Iterator[None]:
+    """An error says which older checkpoint there is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}{directory.offer(step)}") from None
 
 
 def _notes(trainer: Trainer, record: dict[str, Any], other: list[str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import paddle
 
 from paddledsv4.config import CheckpointConfig
@@ -45,6 +46,7 @@ class Checkpoints:
         self.directory = Directory(Path(config.dir))
         self.steps_here, self.saved = 0, base
         self._snapshot: Snapshot | None = None
+        self._arrays: list[np.ndarray] = []
         self._writing: futures.Future | None = None
         self._abandoned = threading.Event()
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
@@ -83,14 +85,12 @@ class Checkpoints:
             self._writing.result()  # raises what the thread raised
         warmup = config.warmup_save and self.steps_here == 1
         if (warmup or last or step % config.save_interval == 0) and step != self.saved:
-            self.save(trainer)
-            if warmup or not config.asynchronous:
-                self.wait()
+            self.save(trainer, background=config.asynchronous and not warmup)
         if last:
             self.wait()
 
-    def save(self, trainer: Trainer) -> None:
-        """Copy the state and hand it to the thread.
+    def save(self, trainer: Trainer, background: bool) -> None:
+        """Write the state, or, in the background, copy it and let the thread write.
 
         Raises:
             UserError: there is no optimizer state yet, or the checkpoint before could not be written.
@@ -105,10 +105,12 @@ class Checkpoints:
             self._or_user_error(step, lambda: self.directory.begin(step))
         world.barrier()
         self._snapshot = self._snapshot or Snapshot(trainer)
-        self._snapshot.take()
+        self._arrays = self._snapshot.take(copy=background)
         record, own = self._record(trainer), {"random": random_state()}
         self._writing = self._thread.submit(self._or_user_error, step, lambda: self._write(part, own, record, step))
         self.saved = step
+        if not background:
+            self.wait()
 
     def _record(self, trainer: Trainer) -> dict[str, Any]:
         world, step = self.groups.world.size, trainer.optimizer.step_count
@@ -136,7 +138,7 @@ class Checkpoints:
 
     def _write(self, part: Path, own: dict[str, Any], record: dict[str, Any], step: int) -> None:
         name = rank_name(self.groups.world.rank)
-        own |= shard.write(part / f"{name}.safetensors", self._snapshot.pieces, self._snapshot.data)
+        own |= shard.write(part / f"{name}.safetensors", self._snapshot.pieces, self._arrays)
         write_json(part / f"{name}.json", own)  # its name says that this rank is done
         if self.groups.world.rank == 0:
             record["files"] = self._all_written(part, record["ranks"])
@@ -173,11 +175,13 @@ class Checkpoints:
             futures.wait([self._writing])
         while RUNNING in (states := self._states()) and FAILED not in states:
             time.sleep(PAUSE)
+        if states[self.groups.world.rank] == FAILED:
+            self._writing.result()
         if FAILED in states:
             self._abandoned.set()
-            self._writing.result()
+            futures.wait([self._writing])
             raise UserError(f"rank {states.index(FAILED)} could not write its part of a checkpoint; see its log")
-        self._writing = None
+        self._writing, self._arrays = None, []
 
     def _states(self) -> list[int]:
         done = self._writing.done()

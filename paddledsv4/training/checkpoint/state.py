@@ -17,7 +17,7 @@ from paddle import Tensor
 
 from paddledsv4.distributed.group import Groups
 from paddledsv4.ops.precision import dtype_name
-from paddledsv4.training.checkpoint.shard import DTYPES, Piece, in_file_order, places
+from paddledsv4.training.checkpoint.shard import Piece, in_file_order
 from paddledsv4.weights.load import expert_index, named_tensors
 
 if TYPE_CHECKING:
@@ -61,20 +61,24 @@ def owned(piece: Piece, groups: Groups) -> bool:
 
 
 class Snapshot:
-    """A copy in this host's memory, laid out as the data of a file; the memory is allocated once and used again."""
+    """The tensors that this rank writes, as arrays."""
 
     def __init__(self, trainer: Trainer):
         tensors = {piece: tensor for piece, tensor in state(trainer) if owned(piece, trainer.groups)}
         self.pieces = in_file_order(tensors)
-        self.tensors = [tensors[piece] for piece in self.pieces]
-        self.data = np.empty(sum(piece.bytes for piece in self.pieces), np.uint8)
+        self._tensors = [tensors[piece] for piece in self.pieces]
+        self._copies: list[np.ndarray] = []
 
-    @paddle.no_grad()
-    def take(self) -> None:
-        """Copy the tensors as they are now."""
-        for (piece, begin, end), tensor in zip(places(self.pieces), self.tensors, strict=True):
-            target = self.data[begin:end].view(DTYPES[piece.dtype]).reshape(piece.shape)
-            np.copyto(target, host_array(tensor), casting="no")
+    def take(self, copy: bool) -> list[np.ndarray]:
+        """In the order of ``pieces``: the numbers themselves where a CPU holds them, or, with ``copy``, as they are
+        now, in memory that is allocated once and used again."""
+        arrays = [host_array(tensor) for tensor in self._tensors]
+        if not copy:
+            return arrays
+        self._copies = self._copies or [np.empty_like(array) for array in arrays]
+        for mine, now in zip(self._copies, arrays, strict=True):
+            np.copyto(mine, now)
+        return self._copies
 
 
 def host_array(tensor: Tensor) -> np.ndarray:
