@@ -105,8 +105,6 @@ class _Tensors:
         Raises:
             UserError: they do not, or they are of another kind.
         """
-        if wanted.name not in self._files:
-            raise UserError(f"{self.folder}: tensor {wanted.name} is missing, which this run needs")
         shards = [self._open(file) for file in self._files[wanted.name]]
         found = [(shard, piece) for shard in shards for piece in shard.pieces
                  if piece.name == wanted.name and _overlap(piece, wanted)]
@@ -140,8 +138,10 @@ def _restore(trainer: Trainer, saved: _Tensors) -> None:
     experts = trainer.model.config.n_routed_experts
     elsewhere = set(range(experts)) - set(local_experts(experts, trainer.groups.expert))
     names = {piece.name for piece in wanted}
+    if missing := sorted(names - saved.names):
+        raise UserError(f"{saved.folder}: lacks {_listed(missing)}, which this run needs")
     if extra := sorted(name for name in saved.names - names if expert_index(name) not in elsewhere):
-        raise UserError(f"{saved.folder}: holds {_listed(extra)}, which this run has not")
+        raise UserError(f"{saved.folder}: holds {_listed(extra)}, which this run does not have")
     found = {piece: saved.find(piece) for piece in wanted}
     for piece, tensor in wanted.items():
         _copy(piece, tensor, found[piece])

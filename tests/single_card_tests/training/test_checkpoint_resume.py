@@ -13,21 +13,32 @@ from paddledsv4.numerics.policy import installed
 from paddledsv4.training import trainer as trainer_module
 from paddledsv4.training.checkpoint import resume as resume_module
 from paddledsv4.training.checkpoint import state as state_module
+from paddledsv4.training.checkpoint.directory import Directory
 
 needs_torch = pytest.mark.skipif(not installed("torch"), reason="needs paddledsv4[torch]")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("preset", ["paddle", pytest.param("torch", marks=needs_torch)])
-def test_ten_steps_are_five_and_five(tmp_path, preset, precision):
-    straight = small(preset, precision)
-    ten, _ = train(straight)
-    five, _ = train(small(preset, precision), tmp_path, stop=5, **{"async": precision == "bf16"})
-    resumed = small(preset, precision, seed=0)
-    rest, notes = train(resumed, tmp_path, "auto")
-    assert numbers(five + rest) == numbers(ten) and [r.step for r in rest] == [6, 7, 8, 9, 10]
+@pytest.mark.parametrize(
+    ("preset", "half"),
+    [
+        ("paddle", 5),
+        pytest.param("torch", 1, marks=needs_torch),
+        pytest.param("torch", 5, marks=[needs_torch, pytest.mark.slow]),
+    ],
+)
+def test_ten_steps_are_five_and_five(tmp_path, preset, precision, half):
+    steps = {"steps": 2 * half}
+    straight = small(preset, precision, **steps)
+    whole, _ = train(straight)
+    first, _ = train(
+        small(preset, precision, **steps), tmp_path, stop=half, save_interval=half, **{"async": precision == "bf16"}
+    )
+    resumed = small(preset, precision, **steps)
+    rest, notes = train(resumed, tmp_path, "auto", save_interval=half)
+    assert numbers(first + rest) == numbers(whole) and len(first) == len(rest) == half
     assert state_bytes(resumed) == state_bytes(straight)
-    assert notes == [f"resumed after step 5 from {tmp_path / 'iter_0000005'}"]
+    assert notes == [f"resumed after step {half} from {tmp_path / Directory.name(half)}"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +66,16 @@ def goes_on_alike(saved) -> bool:
 
 def test_random_numbers_go_on(saved):
     assert goes_on_alike(saved)
+
+
+class Everything(set):
+    """Lacks nothing and holds nothing more, so that what a plant forgets is no error at once."""
+
+    def __rsub__(self, names):
+        return set()
+
+
+EVERYTHING = Everything()
 
 
 def forgetting(kind):
@@ -85,7 +106,7 @@ PLANTS = {
 def test_planted_bugs_are_seen(saved, monkeypatch, bug):
     owner, name, plant = PLANTS[bug]
     monkeypatch.setattr(owner, name, plant)
-    monkeypatch.setattr(resume_module._Tensors, "names", set())  # else what is forgotten is an error at once
+    monkeypatch.setattr(resume_module._Tensors, "names", EVERYTHING)
     assert not goes_on_alike(saved)
 
 
@@ -95,9 +116,10 @@ def test_masters_are_restored(tmp_path, monkeypatch):
     first, second = small(precision="bf16", steps=1), small(precision="bf16", steps=1)
     train(first, source=str(tmp_path))
     monkeypatch.setattr(resume_module, "state", forgetting("master/"))
-    monkeypatch.setattr(resume_module._Tensors, "names", set())
+    monkeypatch.setattr(resume_module._Tensors, "names", EVERYTHING)
     train(second, source=str(tmp_path))
-    assert [n for n, v in state_bytes(second).items() if v != state_bytes(first)[n]][0].startswith("master/")
+    right, wrong = state_bytes(first), state_bytes(second)
+    assert {name.split("/")[0] for name in right if right[name] != wrong[name]} == {"master"}
 
 
 # ---- another run ---------------------------------------------------------------------------------------------------
@@ -137,7 +159,7 @@ def test_more_steps_are_no_other_run_unless_the_schedule_counts_them(saved):
 def test_another_precision_is_refused_even_by_force(saved):
     with pytest.raises(UserError, match="training.precision"):
         train(small(precision="bf16", steps=3), source=str(saved.folder))
-    with pytest.raises(UserError, match="has dtype F32, this run's has BF16|master/.* is missing"):
+    with pytest.raises(UserError, match="lacks master/"):
         train(small(precision="bf16", steps=3), source=str(saved.folder), force=True)
 
 
