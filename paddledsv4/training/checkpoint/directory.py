@@ -45,9 +45,9 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any], indent: int | None = None) -> None:
     """As :func:`write_text`."""
-    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(values, indent=indent, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ class _Tensors:
         self._opened: dict[str, ShardFile] = {}
         self._files: dict[str, list[str]] = defaultdict(list)
         for record in ranks:
-            for name in dict.fromkeys(entry["name"] for entry in record["tensors"]):
-                self._files[name].append(record["file"])
+            for entry in record["tensors"]:
+                self._files[entry["name"]].append(record["file"])
 
     @property
     def names(self) -> set[str]:
@@ -106,8 +106,8 @@ class _Tensors:
             UserError: they do not, or they are of another kind.
         """
         shards = [self._open(file) for file in self._files[wanted.name]]
-        found = [(shard, piece) for shard in shards for piece in shard.pieces
-                 if piece.name == wanted.name and _overlap(piece, wanted)]
+        held = [(shard, shard.pieces[wanted.name]) for shard in shards]
+        found = [(shard, piece) for shard, piece in held if _overlap(piece, wanted)]
         for shard, piece in found:
             for what in "dtype", "global_shape":
                 if (saved := getattr(piece, what)) != (here := getattr(wanted, what)):

@@ -142,7 +142,7 @@ class Checkpoints:
         write_json(part / f"{name}.json", own)  # its name says that this rank is done
         if self.groups.world.rank == 0:
             record["files"] = self._all_written(part, record["ranks"])
-            write_json(part / RECORD, seal(record))
+            write_json(part / RECORD, seal(record), indent=1)
             before = self.directory.publish(step, self.base)
             self.base = step
             self.directory.retain(step, before, self.config.save_retain_interval)

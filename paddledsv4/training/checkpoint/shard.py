@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -49,7 +50,7 @@ class Piece:
     @property
     def bytes(self) -> int:
         """Size of the data."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(DTYPES[self.dtype]).itemsize
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
 def in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
@@ -121,9 +122,10 @@ class ShardFile:
         entries = [dict(entry) for entry in record["tensors"]]
         self.checks = {entry["name"]: entry.pop("crc32") for entry in entries}
         sizes = ("shape", "global_shape", "offset")
-        self.pieces = [Piece(**entry | {key: tuple(entry[key]) for key in sizes}) for entry in entries]
-        start = header(self.pieces)
-        self.begins = {piece.name: len(start) + begin for piece, begin, _ in places(self.pieces)}
+        pieces = [Piece(**entry | {key: tuple(entry[key]) for key in sizes}) for entry in entries]
+        self.pieces = {piece.name: piece for piece in pieces}
+        start = header(pieces)
+        self.begins = {piece.name: len(start) + begin for piece, begin, _ in places(pieces)}
         self._check_size(record["bytes"])
         if self._read(0, len(start)).tobytes() != start:
             raise UserError(f"{self.path}: the header is damaged: it does not list the tensors that were written")
@@ -132,10 +134,10 @@ class ShardFile:
         try:
             size = self.path.stat().st_size
         except OSError as error:
-            first = f", with {self.pieces[0].name} and {len(self.pieces) - 1} other tensors" if self.pieces else ""
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}){first}") from None
+            held = f"; it holds {len(self.pieces)} tensors, the first is {next(iter(self.pieces), None)}"
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}){held}") from None
         if size != expected:
-            cut = next((p.name for p in self.pieces if self.begins[p.name] + p.bytes > size), None)
+            cut = next((n for n, p in self.pieces.items() if self.begins[n] + p.bytes > size), None)
             what = f"truncated: tensor {cut} is not whole" if cut else "not what was written"
             raise UserError(f"{self.path}: has {size} bytes instead of {expected}; {what}")
 

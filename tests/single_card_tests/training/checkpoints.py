@@ -53,7 +53,7 @@ def state_bytes(runner) -> dict[str, bytes]:
 def read_all(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint of one rank, each checked."""
     shard = ShardFile(folder, read_rank(folder, 0, read_record(folder)))
-    return {piece.name: shard.read(piece) for piece in shard.pieces}
+    return {name: shard.read(piece) for name, piece in shard.pieces.items()}
 
 
 @contextlib.contextmanager
