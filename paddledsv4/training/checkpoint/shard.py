@@ -154,8 +154,11 @@ class ShardFile:
 
     def _read(self, begin: int, size: int) -> np.ndarray:
         data, done = np.empty(size, np.uint8), 0
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            while done < size and (more := file.readinto(memoryview(data)[done:])):
-                done += more
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(begin)
+                while done < size and (more := file.readinto(memoryview(data)[done:])):
+                    done += more
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
         return data

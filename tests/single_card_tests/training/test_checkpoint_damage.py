@@ -65,7 +65,7 @@ DAMAGE = {
         lambda f: cut(f / SHARD, begin_of(f / SHARD, EXPERT) + 5), SHARD, f"truncated: tensor {EXPERT} is not whole"),
     "an empty file": (lambda f: cut(f / SHARD, 0), SHARD, "has 0 bytes instead of"),
     "a file that is longer": (lambda f: (f / SHARD).open("ab").write(b"x"), SHARD, "not what was written"),
-    "no shard": (lambda f: (f / SHARD).unlink(), SHARD, "cannot be read (No such file or directory); it holds 2"),
+    "no shard": (lambda f: (f / SHARD).unlink(), SHARD, "cannot be read (No such file or directory); it holds "),
     "no list of tensors": (lambda f: (f / RANK).unlink(), RANK, "cannot be read (No such file or directory)"),
     "another list of tensors": (
         lambda f: edit(f / RANK, lambda v: v["tensors"][0].update(offset=[1])), RANK, "is damaged: its MD5"),
