@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +25,7 @@ from paddledsv4.numerics.settings import with_environment
 
 if TYPE_CHECKING:
     from paddledsv4.training.runlog import RunLog
+    from paddledsv4.training.step import StepResult
     from paddledsv4.training.trainer import Trainer
 
 # Paddle is imported inside the commands that compute: `info` and every --help answer without it.
@@ -45,7 +46,9 @@ TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
   paddledsv4 train --config configs/tiny.yaml
 
-  paddledsv4 train --config configs/tiny.yaml --steps 20 --out runs/short --numerics plain"""
+  paddledsv4 train --config configs/tiny.yaml --steps 20 --out runs/short --numerics plain
+
+  paddledsv4 train --config configs/tiny.yaml --save runs/tiny/checkpoints --save-interval 10 --resume auto"""
 
 NUMERICS_EXAMPLES = """[bold]Examples[/bold]
 
@@ -74,6 +77,17 @@ def train(
     numerics: Numerics = None,
     op: Ops = None,
     layer_op: LayerOps = None,
+    save: Annotated[str | None, typer.Option(help="Folder for checkpoints; see also the next four.")] = None,
+    save_interval: Annotated[int | None, typer.Option(min=1, help="Save every so many steps, and at the end.")] = None,
+    save_retain_interval: Annotated[
+        int | None, typer.Option(min=1, help="Delete older checkpoints unless their step is a multiple of this.")
+    ] = None,
+    warmup_save: Annotated[bool | None, typer.Option(help="Also save after the first step.")] = None,
+    async_save: Annotated[bool | None, typer.Option(help="Write while training goes on.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="A checkpoint, a folder of them (its latest), or auto: from --save if it can.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Resume although configuration or numerics differ.")] = False,
 ) -> None:
     """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well.
 
@@ -89,24 +103,35 @@ def train(
         raise UserError(f"{config}: {error}") from None
     training = with_environment(training)
     training = training.replace(steps=steps) if steps else training
+    options = {
+        "dir": save, "save_interval": save_interval, "save_retain_interval": save_retain_interval,
+        "warmup_save": warmup_save, "asynchronous": async_save,
+    }  # fmt: skip
+    saving = recipe.checkpoint.replace(**{name: value for name, value in options.items() if value is not None})
+    if resume == "auto" and saving.dir is None:
+        raise UserError("--resume auto needs a folder to look in: --save, or checkpoint.dir in the recipe")
     tokens = load_tokens(data.tokens, training.sequence_length, recipe.model.vocab_size)
 
     _prepare_paddle()
     from paddledsv4.distributed.connect import connect
     from paddledsv4.numerics.policy import Policy
+    from paddledsv4.training.checkpoint.run import checkpointing
     from paddledsv4.training.trainer import Trainer
 
     preset, overrides = (numerics, Overrides()) if numerics else recipe.numerics_choice()
     policy = Policy.from_env(preset, overrides.then(given))
     with connect(recipe.parallel) as groups:
         trainer = Trainer(recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups)
-        if groups.world.rank == 0:
-            _train_and_log(trainer, training.steps, recipe, out or Path(recipe.output))
-        else:
-            deque(trainer.train(steps=training.steps), maxlen=0)
+        with checkpointing(trainer, saving, resume, force) as (results, notes):
+            if groups.world.rank == 0:
+                _train_and_log(trainer, results, notes, recipe, out or Path(recipe.output))
+            else:
+                deque(results, maxlen=0)
 
 
-def _train_and_log(trainer: Trainer, steps: int, recipe: Recipe, folder: Path) -> None:
+def _train_and_log(
+    trainer: Trainer, results: Iterator[StepResult], notes: list[str], recipe: Recipe, folder: Path
+) -> None:
     """Rank 0 speaks for all ranks."""
     from paddledsv4.training.runlog import RunLog
 
@@ -114,15 +139,17 @@ def _train_and_log(trainer: Trainer, steps: int, recipe: Recipe, folder: Path) -
     header = {"numerics": policy.name, "fingerprint": policy.fingerprint, "policy": policy.describe()}
     for section, config in ("model", recipe.model), ("training", training), ("parallel", recipe.parallel):
         header[section] = config.model_dump(mode="json")
-    log = RunLog(folder, header)
+    log = RunLog(folder, header, trainer.optimizer.step_count or None)
     console = Console()
     ranks = f", {recipe.parallel.world_size} ranks" if recipe.parallel.world_size > 1 else ""
     size = f"{model_info(recipe.model).parameters:,} parameters, {training.precision}{ranks}"
     console.print(f"{size}, numerics {policy.name} ({policy.fingerprint})", highlight=False)
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     try:
-        _steps(trainer, steps, log)
+        _steps(results, trainer.train_config.steps, log)
     except KeyboardInterrupt:
-        console.print(f"stopped by Ctrl-C after step {len(log.records)}")
+        console.print(f"stopped by Ctrl-C after step {trainer.optimizer.step_count}")
         raise typer.Exit(130) from None
     finally:
         log.close()
@@ -130,11 +157,11 @@ def _train_and_log(trainer: Trainer, steps: int, recipe: Recipe, folder: Path) -
             _last_step(log, console)
 
 
-def _steps(trainer: Trainer, steps: int, log: RunLog) -> None:
+def _steps(results: Iterator[StepResult], steps: int, log: RunLog) -> None:
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[loss]}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("training", total=steps, loss="")
-        for result in trainer.train(steps=steps):
+        for result in results:
             record = log.write(result)
             progress.update(task, completed=result.step, loss=_losses(record))
             if not (math.isfinite(float(record["main"])) and math.isfinite(float(record["grad_norm"]))):

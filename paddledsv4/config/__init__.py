@@ -1,10 +1,12 @@
 """Typed, frozen configurations: what is computed, how it is trained, and the recipe that names both."""
 
+from paddledsv4.config.checkpoint import CheckpointConfig
 from paddledsv4.config.model import ModelConfig, RopeScaling
 from paddledsv4.config.recipe import DataConfig, Recipe
 from paddledsv4.config.training import OptimizerConfig, ParallelConfig, TrainConfig
 
 __all__ = [
+    "CheckpointConfig",
     "DataConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from paddledsv4.config.base import StrictConfig
+from paddledsv4.config.checkpoint import CheckpointConfig
 from paddledsv4.config.files import read_mapping
 from paddledsv4.config.model import ModelConfig
 from paddledsv4.config.training import ParallelConfig, TrainConfig
@@ -28,7 +29,8 @@ class Recipe(StrictConfig):
     """A training run as a file.
 
     ``model`` is a section or the path of a config.json; paths in ``model`` and ``data.tokens`` are relative
-    to the recipe, ``output`` to the working directory. ``numerics`` is a preset's name, or a mapping of op to
+    to the recipe, ``output`` and
+    ``checkpoint.dir`` to the working directory. ``numerics`` is a preset's name, or a mapping of op to
     variant in which the key ``preset`` names the preset to start from, and ``layers`` maps globs over layers to such
     mappings; left out, the environment decides.
     """
@@ -38,6 +40,7 @@ class Recipe(StrictConfig):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig | None = None
     numerics: Any = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
     output: str = "runs/paddledsv4"
 
     @model_validator(mode="after")

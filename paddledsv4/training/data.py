@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -54,21 +55,34 @@ def batches(
     train: TrainConfig,
     parallel: ParallelConfig,
     context_rank: int = 0,
+    skipped: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels [micro_batch_size, sequence_length / context] int64 of one microbatch on one rank.
 
     ``step`` and ``microbatch`` count from 0. Global microbatch
     ``g = (step * gradient_accumulation_steps + microbatch) * data + data_rank`` takes rows
-    ``[g * b, (g + 1) * b)``; past the last row the table starts again. The ranks of a context group read the same rows
-    and slice ``context_rank`` of each, so that a step has the same tokens whatever the layout.
+    ``[g * b, (g + 1) * b)``, all ``skipped`` rows further on; past the last row the table starts again. The ranks of a
+    context group read the same rows and slice ``context_rank`` of each, so that a step has the same tokens whatever the
+    layout.
     """
     index = (step * train.gradient_accumulation_steps + microbatch) * parallel.data + data_rank
-    first = index * train.micro_batch_size
+    first = skipped + index * train.micro_batch_size
     rows = np.arange(first, first + train.micro_batch_size) % len(tokens)
     length = train.sequence_length // parallel.context
     columns = slice(context_rank * length, (context_rank + 1) * length + 1)
     table = np.asarray(tokens[rows, columns], dtype=np.int64)
     return table[:, :-1].copy(), table[:, 1:].copy()
+
+
+def rows_per_step(train: TrainConfig, parallel: ParallelConfig) -> int:
+    """Rows of the table in the global batch of one step."""
+    return train.micro_batch_size * train.gradient_accumulation_steps * parallel.data
+
+
+def table_fingerprint(tokens: np.ndarray) -> str:
+    """Shape, dtype and MD5 of a sample of the rows, so that a table of any size is told at once from another."""
+    rows = np.ascontiguousarray(tokens[:: max(len(tokens) // 64, 1)])
+    return f"{list(tokens.shape)} {tokens.dtype} {hashlib.md5(rows.tobytes()).hexdigest()}"
 
 
 def _read_npy(path: Path, vocab_size: int) -> np.ndarray:

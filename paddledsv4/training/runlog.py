@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -39,14 +40,25 @@ def step_record(result: StepResult) -> dict[str, Any]:
 
 
 class RunLog:
-    """``train.jsonl`` (a header, then a line per step, flushed at once) and ``loss.png`` in one folder."""
+    """``train.jsonl`` (a header, then a line per step, flushed at once) and ``loss.png`` in one folder.
 
-    def __init__(self, folder: Path, header: dict[str, Any]):
+    ``resumed``: the step that the run goes on after. The lines up to it stay if the folder has them, the header's
+    ``resumed_at`` lists all such steps, and what an interrupted run wrote beyond it is dropped.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any], resumed: int | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.picture = folder / "train.jsonl", folder / "loss.png"
         self.records: list[dict[str, Any]] = []
-        self._file = self.path.open("w", encoding="utf-8")
-        self._write({"run": header})
+        if resumed is not None:
+            earlier, records = read_log(self.path)
+            self.records = [record for record in records if record["step"] <= resumed]
+            header = header | {"resumed_at": [*earlier.get("resumed_at", []), resumed]}
+        fresh = self.path.with_suffix(".part")
+        self._file = fresh.open("w", encoding="utf-8")
+        for line in ({"run": header}, *self.records):
+            self._write(line)
+        fresh.replace(self.path)
 
     def write(self, result: StepResult) -> dict[str, Any]:
         """Append one step and return its record."""
@@ -63,6 +75,16 @@ class RunLog:
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+
+
+def read_log(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and records of a log; nothing if there is none, up to the first line that is not whole otherwise."""
+    lines: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            lines.append(json.loads(line))
+    header, *records = lines or [{}]
+    return header.get("run", {}), records
 
 
 def draw_losses(records: list[dict[str, Any]], path: Path) -> None:

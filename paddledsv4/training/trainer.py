@@ -15,7 +15,7 @@ from paddledsv4.errors import UserError
 from paddledsv4.model import DTYPES, DeepseekV4Model
 from paddledsv4.moe.experts import local_experts
 from paddledsv4.numerics.policy import Policy
-from paddledsv4.training.data import batches
+from paddledsv4.training.data import batches, rows_per_step, table_fingerprint
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.training.schedule import learning_rate
 from paddledsv4.training.step import StepResult, train_step
@@ -70,6 +70,7 @@ class Trainer:
             experts_here = without_other_experts(initial_state, here, model.n_routed_experts)
             load_megatron_state(self.model, shards_of_rank(experts_here, groups))
         self.optimizer = Optimizer(self.model, train, groups, sequence_parallel)
+        self.rows_skipped = 0
         if groups.world.size > 1:
             self.check_ranks()
 
@@ -79,13 +80,12 @@ class Trainer:
         Raises:
             UserError: on every rank, if one differs.
         """
-        rows = np.ascontiguousarray(self.tokens[:: max(len(self.tokens) // 64, 1)])  # a sample of a table of any size
         check_same(self.groups.world, {
             "the model": self.model.config.model_dump_json(),
             "the training section": self.train_config.model_dump_json(),
             "the numerics policy": self.policy.fingerprint,
             "the precision": self.precision,
-            "the token table": f"{self.tokens.shape} {self.tokens.dtype}".encode() + rows.tobytes(),
+            "the token table": table_fingerprint(self.tokens),
         })
         model, groups = self.model, self.groups
         check_same(groups.replicas, {"the weights": weights_md5(model, is_dense)})
@@ -93,16 +93,31 @@ class Trainer:
         check_same(groups.expert_data, {"the experts' weights": weights_md5(model, lambda n: not is_dense(n))})
 
     def train(self, steps: int) -> Iterator[StepResult]:
-        """Steps 1 to ``steps``, one result each."""
+        """The steps up to number ``steps``, one result each; the first is 1, or the one after the resumed one.
+
+        Every step seeds Paddle's generator anew, from the run's seed, its own number and the data rank: the state of
+        that generator can be read but not set.
+        """
         for step in range(self.optimizer.step_count + 1, steps + 1):
+            seed = np.random.SeedSequence([self.train_config.seed, step, self.groups.data.rank])
+            paddle.seed(int(seed.generate_state(1)[0]))
             yield train_step(
                 self.model, self.optimizer, self.train_config, step,
                 lambda index, step=step: batches(
                     self.tokens, step - 1, index, self.groups.data.rank, self.train_config, self.parallel,
-                    self.groups.context.rank,
+                    self.groups.context.rank, self.rows_skipped,
                 ),
                 learning_rate(self.train_config.optimizer, step, self.train_config.steps), self.groups,
             )
+
+    def rows_seen(self, step: int) -> int:
+        """Rows of the token table that ``step`` completed steps have taken: where the next one begins."""
+        return self.rows_skipped + step * rows_per_step(self.train_config, self.parallel)
+
+    def go_on_after(self, step: int, rows_seen: int) -> None:
+        """The next step is the one after ``step`` and begins at row ``rows_seen`` of the token table."""
+        self.optimizer.step_count = step
+        self.rows_skipped += rows_seen - self.rows_seen(step)
 
     def weights_md5(self) -> str:
         """MD5 over the raw bytes of all parameters in sorted name order."""

@@ -68,7 +68,8 @@ def on_slices(name: str) -> bool:
     return split_of(name) is None and not any(layer in name for layer in WHOLE_SEQUENCE)
 
 
-def _group_of(name: str, groups: Groups) -> Group:
+def shares_of(name: str, groups: Groups) -> Group:
+    """The ranks that share out a parameter which is split."""
     return groups.tensor if expert_index(name) is None else groups.expert_tensor
 
 
@@ -77,7 +78,7 @@ def shards_of_rank(state: Mapping[str, np.ndarray], groups: Groups) -> dict[str,
     a tensor that cannot be shared out stays as it is, for the strict load to refuse."""
     result = {}
     for name, value in state.items():
-        split, group = split_of(name), _group_of(name, groups)
+        split, group = split_of(name), shares_of(name, groups)
         if split and value.ndim > split.dim and value.shape[split.dim] % (split.blocks * group.size) == 0:
             value = split.shard(value, group.rank, group.size)
         result[name] = value
@@ -91,7 +92,7 @@ def gather_full(tensors: Mapping[str, Tensor], groups: Groups) -> dict[str, np.n
     """
     result = {}
     for name, tensor in tensors.items():
-        split, group = split_of(name), _group_of(name, groups)
+        split, group = split_of(name), shares_of(name, groups)
         if split is None or group.size == 1:
             result[name] = tensor.numpy()
             continue

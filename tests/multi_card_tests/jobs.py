@@ -5,6 +5,7 @@ A check returns nothing or why it was skipped, or raises; the outcome of each go
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -27,13 +28,17 @@ import paddle  # noqa: E402
 import tensor_checks  # noqa: E402
 from layouts import on_many, on_one_card, seen, trainer  # noqa: E402
 
-from paddledsv4.config import ParallelConfig  # noqa: E402
+from paddledsv4.config import CheckpointConfig, ParallelConfig  # noqa: E402
 from paddledsv4.distributed import collectives  # noqa: E402
 from paddledsv4.distributed.connect import connect  # noqa: E402
-from paddledsv4.distributed.group import Group, Groups  # noqa: E402
+from paddledsv4.distributed.group import ALONE, Group, Groups  # noqa: E402
 from paddledsv4.errors import UserError  # noqa: E402
 from paddledsv4.moe.dispatcher import AllToAllDispatcher  # noqa: E402
 from paddledsv4.training import optimizer, step  # noqa: E402
+from paddledsv4.training.checkpoint import shard  # noqa: E402
+from paddledsv4.training.checkpoint.run import checkpointing  # noqa: E402
+from paddledsv4.training.checkpoint.save import Checkpoints  # noqa: E402
+from paddledsv4.training.checkpoint.state import host_array, state  # noqa: E402
 from paddledsv4.training.gradients import MainGradients  # noqa: E402
 
 RANKS = int(os.environ["PADDLE_TRAINERS_NUM"])
@@ -193,6 +198,79 @@ def check_another_configuration_is_refused_everywhere(groups: Groups) -> None:
     )
 
 
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def go_on(runner, source: str | None = None, **saving) -> tuple[list, list[str]]:
+    """Train to the end. Returns [losses, norm] of every step, and the notes."""
+    with checkpointing(runner, CheckpointConfig.from_dict(saving), source) as (results, notes):
+        return [[[(loss.main, loss.mtp) for loss in r.losses], r.grad_norm] for r in results], notes
+
+
+def saved(name: str, precision: str, groups: Groups, parallel: ParallelConfig) -> tuple[str, list, dict[str, bytes]]:
+    """A checkpoint after the first of two steps, what the second step gave, and the state after it."""
+    folder = f"{sys.argv[2]}.{name}"
+    runner = trainer("paddle", precision, groups, parallel, steps=2, gradient_accumulation_steps=1)
+    steps, _ = go_on(runner, dir=folder, save_interval=1, **{"async": True})
+    return f"{folder}/iter_0000001", steps[1], state_bytes(runner)
+
+
+def resumed(source: str, precision: str, groups=ALONE, parallel: ParallelConfig | None = None, steps: int = 2):
+    """A trainer that went on from the checkpoint to step ``steps``, its last step, and its last note."""
+    accumulation = RANKS if groups is ALONE else 1
+    runner = trainer("paddle", precision, groups, parallel, steps=steps, gradient_accumulation_steps=accumulation)
+    made, notes = go_on(runner, source)
+    return runner, made[-1] if made else None, notes
+
+
+def state_bytes(runner) -> dict[str, bytes]:
+    return {piece.name: host_array(tensor).tobytes() for piece, tensor in state(runner)}
+
+
+def check_ranks_resume_bit_for_bit(groups: Groups) -> None:
+    """Every rank wrote what it alone owns, and the second half has the bits of the whole."""
+    source, last, whole = saved("same", "fp32", groups, LAYOUT)
+    names = [{entry["name"] for entry in json.loads(file.read_text())["tensors"]}
+             for file in sorted(Path(source).glob("rank_*.json"))]
+    assert len(names) == RANKS and sum(map(len, names)) == len(set.union(*names)) and not any(names[2:])
+    assert names[1] and all("local_experts" in name for name in names[1])
+    runner, again, notes = resumed(source, "fp32", groups, LAYOUT)
+    assert again == last and state_bytes(runner) == whole
+    assert len(notes) == 1 and notes[0].startswith("resumed after step 1"), notes
+
+
+def check_data_parallel_goes_on_as_accumulation(groups: Groups) -> str | None:
+    """Two ranks become two accumulation steps, bit for bit, and say so."""
+    if RANKS > 2:
+        return "skipped: the sum of more than two terms has an order"
+    for precision in ("fp32", "bf16"):
+        source, last, whole = saved(f"data-{precision}", precision, *without_experts(groups))
+        runner, again, notes = resumed(source, precision)
+        assert again == [last[0], last[1]] and state_bytes(runner) == whole
+        assert notes[1:] == ["another layout (data 2 -> 1, accumulation 1 -> 2): goes on bit for bit"], notes
+
+
+def check_other_layouts_take_the_state_and_say_what_differs(groups: Groups) -> None:
+    """ep2 -> ep1 -> ep2: the state moves bit for bit; the sums of the next step differ in their last digits."""
+    source, last, _ = saved("spread", "fp64", groups, LAYOUT)
+    runner, _, notes = resumed(source, "fp64", steps=1)
+    mine, _, _ = resumed(source, "fp64", groups, LAYOUT, steps=1)
+    ours, whole = state_bytes(mine), state_bytes(runner)
+    assert ours.items() < whole.items()
+    why = "not bit for bit: expert 2 and 1 add in different orders"
+    changes = f"data {RANKS} -> 1, expert 2 -> 1, accumulation 1 -> {RANKS}"
+    assert f"another layout ({changes}): {why}" in notes, notes
+    _, one, _ = resumed(source, "fp64")
+    np.testing.assert_allclose(one[0], last[0], 1e-12)
+    np.testing.assert_allclose(one[1], last[1], 1e-11)
+    back = f"{sys.argv[2]}.back.{groups.world.rank}"
+    with Checkpoints(CheckpointConfig(dir=back, save_interval=1), ALONE) as checkpoints:
+        checkpoints.save(runner, background=False)
+    groups.world.barrier()
+    again, _, _ = resumed(f"{sys.argv[2]}.back.0", "fp64", groups, LAYOUT, steps=1)
+    assert state_bytes(again) == ours
+
+
 def refused(says: str, function: Callable) -> None:
     try:
         function()
@@ -241,6 +319,22 @@ def failing(groups: Groups, file: str) -> None:
     if groups.world.rank == 1:
         raise UserError("this disk is full")
     groups.world.barrier()
+
+
+def saving(groups: Groups, file: str) -> None:
+    """Rank 1 is killed, or its disk is full, while the second checkpoint is written."""
+    write, kill = shard.write, file.endswith("killed")
+
+    def failing_write(path: Path, *rest):
+        if groups.world.rank == 1 and "0000002" in str(path):
+            if kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *rest)
+
+    shard.write = failing_write
+    runner = trainer("paddle", "fp32", groups, LAYOUT, steps=3, gradient_accumulation_steps=1)
+    go_on(runner, dir=file, save_interval=1)
 
 
 def main() -> None:
