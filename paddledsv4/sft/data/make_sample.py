@@ -61,7 +61,7 @@ def fact(r: random.Random, i: int) -> dict:
     if i % 4 == 3:
         name, symbol, number = ELEMENTS[i // 4]
         return {"messages": [says("user", f"What is the symbol of {name}, and its atomic number?"),
-                             says("assistant", f"The symbol of {name} is {symbol}; its atomic number is {number}.")]}  # fmt: skip
+                             says("assistant", f"Its symbol is {symbol}, its atomic number {number}.")]}  # fmt: skip
     country, city = CAPITALS[i - i // 4]
     return {"messages": [*system(r.choice(PERSONAS)), says("user", f"What is the capital of {country}?"),
                          says("assistant", f"The capital of {country} is {city}.")]}  # fmt: skip
