@@ -1,17 +1,19 @@
 """Figures of supervised fine-tuning's data: tokens a second beside ``tokenizers`` alone, and how full sequences are.
 
-The shipped sample, repeated. Both sides take turns in this process on the same texts and the same threads, and the
-fastest of each counts: whatever else runs on the machine only adds. ``tokenizers`` gets the finished texts of the
-conversations; ours starts from the file: it reads, checks and renders the rows, tokenises so that no message can
-forge a control token, and makes the masks.
+The shipped sample, repeated, each copy with its number in every text but the system's. Both sides take turns in this
+process on the same texts and the same cores, and the fastest of each counts: whatever else runs on the machine only adds.
+``tokenizers`` gets the finished texts of the conversations; ours starts from the file: it reads, checks and renders the
+rows, tokenises so that no message can forge a control token, and makes the masks.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +45,17 @@ def texts_of(path: Path) -> list[str]:
     """What the file's conversations look like as text."""
     checked = [conversation(row.payload) for row in RowFile(path)]
     return [render(c.messages, c.thinking_mode or "chat", drop_thinking=False).text for c in checked]
+
+
+def corpus_lines(copies: int) -> Iterator[str]:
+    """Rows of the sample under new texts; system prompts and tools recur, as they do in real data."""
+    rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    for copy, row in itertools.product(range(copies), rows):
+        messages = [
+            message if message["role"] == "system" else message | {"content": f"{copy} {message['content']}"}
+            for message in row["messages"]
+        ]
+        yield json.dumps(row | {"messages": messages}, ensure_ascii=False) + "\n"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -85,7 +98,7 @@ def main(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
-        corpus.write_bytes(SAMPLE.read_bytes() * copies)
+        corpus.write_text("".join(corpus_lines(copies)), encoding="utf-8")
         rate = rates(corpus, workers, repeat)
     packed = packing(read_documents(SAMPLE))
     table = Table("", "tokens/s", "of tokenizers alone", title=f"{rate['tokens']:,} tokens")

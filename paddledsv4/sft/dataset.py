@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -26,8 +26,9 @@ from paddledsv4.sft.render import Rendered, render
 from paddledsv4.sft.rows import InvalidRow, RawRow, RowFile, conversation
 from paddledsv4.sft.tokenizer import ChatTokenizer, load_tokenizer
 
-CHUNK = 128  # rows that go to a worker at once
+CHUNK = 256  # rows that go to a worker at once
 AHEAD = 3  # chunks per worker that may be under way, so that a large file is never read ahead of its use
+THREADS = 2  # without workers
 
 
 class ConversationConfig(StrictConfig):
@@ -108,8 +109,8 @@ class Encoder:
         return rendered
 
     def _document(self, number: int, rendered: Rendered, segments) -> Document | Invalid:
-        mask = np.array(segments_mask(segments, trained_spans(rendered, self.config.train_on)), np.uint8)
-        ids = np.fromiter(chain.from_iterable(segment.ids for segment in segments), np.int32, len(mask))
+        mask = np.frombuffer(segments_mask(segments, trained_spans(rendered, self.config.train_on)), np.uint8)
+        ids = np.fromiter(chain.from_iterable([segment.ids for segment in segments]), np.int32, len(mask))
         if self.config.max_tokens is not None and len(ids) > self.config.max_tokens:
             return Invalid(number, f"has {len(ids)} tokens, more than max_tokens = {self.config.max_tokens}")
         if not mask.any():
@@ -142,10 +143,8 @@ def stream_documents(
     config = config or ConversationConfig()
     rows = RowFile(path)
     source, count = load_tokenizer(tokenizer).path, 0
-    chunks = _chunks(rows, CHUNK)
-    results = _in_workers(chunks, config, source, workers) if workers else _here(chunks, config, source)
-    for size, chunk in results:
-        for result in chunk:
+    for size, results in _encode_all(rows, config, source, workers):
+        for result in results:
             if isinstance(result, Document):
                 count += 1
                 yield result
@@ -177,24 +176,22 @@ def _chunks(rows: Iterable[RawRow], size: int) -> Iterator[list[RawRow]]:
         yield chunk
 
 
-Results = Iterator[tuple[int, list[Document | Invalid]]]  # size of a chunk, its results
-
-
-def _here(chunks: Iterator[list[RawRow]], config: ConversationConfig, tokenizer: Path) -> Results:
-    encoder = Encoder(config, load_tokenizer(tokenizer))
-    for chunk in chunks:
-        yield sum(row.size for row in chunk), encoder(chunk)
-
-
-def _in_workers(chunks: Iterator[list[RawRow]], config: ConversationConfig, tokenizer: Path, workers: int) -> Results:
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(config, tokenizer)
-    )
+def _encode_all(
+    rows: Iterable[RawRow], config: ConversationConfig, tokenizer: Path, workers: int
+) -> Iterator[tuple[int, list[Document | Invalid]]]:
+    """Size and results of each chunk, in order; several chunks are under way at once."""
+    if workers:
+        spawn = multiprocessing.get_context("spawn")
+        pool: Executor = ProcessPoolExecutor(workers, spawn, _start_worker, (config, tokenizer))
+        encode = _encode
+    else:  # Python renders one chunk while the library, which needs no interpreter lock, tokenises another
+        pool = ThreadPoolExecutor(THREADS)
+        encode = Encoder(config, load_tokenizer(tokenizer))
+    waiting: deque[tuple[int, Future]] = deque()
     try:
-        waiting: deque = deque()
-        for chunk in chunks:
-            waiting.append((sum(row.size for row in chunk), pool.submit(_encode, chunk)))
-            if len(waiting) > AHEAD * workers:
+        for chunk in _chunks(rows, CHUNK):
+            waiting.append((sum(row.size for row in chunk), pool.submit(encode, chunk)))
+            if len(waiting) > AHEAD * (workers or THREADS):
                 size, future = waiting.popleft()
                 yield size, future.result()
         for size, future in waiting:

@@ -7,6 +7,7 @@ belongs to the user's turn before it and is never trained.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Span = tuple[int, int]  # characters [start, end)
+NO_SPAN = (sys.maxsize, sys.maxsize)  # behind every text
 
 TRAIN_ON = ("assistant", "all-but-system")
 
@@ -108,15 +110,21 @@ def offsets_mask(offsets: Iterable[Span], spans: Sequence[Span], start: int = 0)
     ]
 
 
-def segments_mask(segments: Sequence[Segment], spans: Sequence[Span]) -> list[int]:
-    """The mask of separately tokenised segments; offsets are looked at only where a border falls within a text."""
-    mask: list[int] = []
+def segments_mask(segments: Sequence[Segment], spans: Sequence[Span]) -> bytearray:
+    """The mask of separately tokenised segments, a byte per token; ``segments`` and ``spans`` are in order.
+
+    Offsets are looked at only where a border falls within a text.
+    """
+    mask, following = bytearray(), iter(spans)
+    first, last = next(following, NO_SPAN)
     for segment in segments:
-        near = [(first, last) for first, last in spans if first < segment.end and segment.start < last]
-        if not near:
-            mask += [0] * len(segment.ids)
-        elif segment.encoding is None or any(f <= segment.start and segment.end <= last for f, last in near):
-            mask += [1] * len(segment.ids)
+        start, end = segment.start, segment.end
+        while last <= start:
+            first, last = next(following, NO_SPAN)
+        if end <= first:
+            mask += bytes(len(segment.ids))
+        elif first <= start and end <= last:
+            mask += b"\1" * len(segment.ids)
         else:
-            mask += offsets_mask(segment.encoding.offsets, near, segment.start)
+            mask += bytes(offsets_mask(segment.offsets, spans, start))
     return mask

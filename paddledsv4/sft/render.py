@@ -44,7 +44,7 @@ class Rendered:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """Characters [start, end) of each turn."""
-        lengths = [len("".join(self.prefix)), *(len("".join(turn.pieces)) for turn in self.turns)]
+        lengths = [sum(map(len, pieces)) for pieces in (self.prefix, *(turn.pieces for turn in self.turns))]
         ends = list(accumulate(lengths))
         return list(zip(ends, ends[1:], strict=False))
 
@@ -68,7 +68,8 @@ def render(
         # the context counts as it would be alone, a developer at its end included: so does the official encoder
         before, everything = drop_reasoning(before), drop_reasoning(everything)
     style = _Style(thinking_mode, drops, ladder, reasoning_effort)
-    turns = [style.turn(index, everything) for index in range(len(before), len(everything))]
+    last_user = last_user_index(everything)
+    turns = [style.turn(index, everything, last_user) for index in range(len(before), len(everything))]
     return Rendered([BOS] if add_default_bos_token and not context else [], turns)
 
 
@@ -85,9 +86,9 @@ class _Style:
     def thinks(self) -> bool:
         return self.thinking_mode == "thinking"
 
-    def turn(self, index: int, messages: Sequence[Message]) -> Turn:
-        """The turn at ``index`` of the prepared ``messages``."""
-        message, last_user = messages[index], last_user_index(messages)
+    def turn(self, index: int, messages: Sequence[Message], last_user: int) -> Turn:
+        """The turn at ``index`` of the prepared ``messages``, of which ``last_user`` is the last user's."""
+        message = messages[index]
         _require(self.thinking_mode in MODES, f"Invalid thinking_mode `{self.thinking_mode}`")
         schemas = [tool["function"] for tool in message.get("tools") or []]
         calls = [

@@ -13,6 +13,7 @@ from paddledsv4.sft.render import MODES, list_text
 from paddledsv4.sft.tools import to_json
 
 ROLES = ("system", "user", "developer", "assistant", "tool", "latest_reminder")
+TEXTS = ("content", "reasoning_content", "task", "tool_call_id")
 PARQUET_BATCH = 256  # rows
 
 
@@ -102,55 +103,79 @@ def conversation(payload: bytes | Mapping[str, Any]) -> Conversation:
         raise InvalidRow(f"is not JSON ({error})") from None
     except RecursionError:
         raise InvalidRow("is nested too deeply") from None
-    _need(isinstance(row, Mapping), "must be an object with messages")
+    if not isinstance(row, Mapping):
+        raise InvalidRow("must be an object with messages")
     given = row.get("messages")
-    _need(isinstance(given, list) and given, "messages must be a list of at least one message")
+    if not isinstance(given, list) or not given:
+        raise InvalidRow("messages must be a list of at least one message")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
-    _need(any(m["role"] == "assistant" for m in messages), "has no assistant message, so there is nothing to train")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InvalidRow("has no assistant message, so there is nothing to train")
     mode = row.get("thinking_mode")
-    _need(mode is None or mode in MODES, f"thinking_mode = {mode!r}: must be one of: {', '.join(MODES)}")
+    if mode is not None and mode not in MODES:
+        raise InvalidRow(f"thinking_mode = {mode!r}: must be one of: {', '.join(MODES)}")
     return Conversation(_with_tools(messages, row.get("tools")), mode)
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:
-    _need(isinstance(given, Mapping), f"{where} must be an object with role and content")
+    if not isinstance(given, Mapping):
+        raise InvalidRow(f"{where} must be an object with role and content")
     message = {key: value for key, value in given.items() if value is not None}
     role = message.get("role")
-    _need(role in ROLES, f"{where}.role = {role!r}: must be one of: {', '.join(ROLES)}")
-    _need("reasoning" not in message, f"{where}.reasoning is not read; rename it reasoning_content")
-    _need("content" in message or role == "assistant", f"{where}.content is missing")
+    if role not in ROLES:
+        raise InvalidRow(f"{where}.role = {role!r}: must be one of: {', '.join(ROLES)}")
+    if "reasoning" in message:
+        raise InvalidRow(f"{where}.reasoning is not read; rename it reasoning_content")
+    if "content" not in message and role != "assistant":
+        raise InvalidRow(f"{where}.content is missing")
     if isinstance(message.get("content"), list):
-        _need(all(isinstance(part, Mapping) for part in message["content"]), f"{where}.content must hold objects")
-        try:
-            message["content"] = list_text(message["content"])
-        except TypeError:
-            raise InvalidRow(f"{where}.content has a text part whose text is no text") from None
-    for key in ("content", "reasoning_content", "task", "tool_call_id"):
-        _need(isinstance(message.get(key, ""), str), f"{where}.{key} must be a text")
-    _need(message.get("step_loss_mask", 1) in (0, 1), f"{where}.step_loss_mask must be 0 or 1")
+        message["content"] = _joined(message["content"], where)
+    for key in TEXTS:
+        if not isinstance(message.get(key, ""), str):
+            raise InvalidRow(f"{where}.{key} must be a text")
+    if message.get("step_loss_mask", 1) not in (0, 1):
+        raise InvalidRow(f"{where}.step_loss_mask must be 0 or 1")
     if "tools" in message:
         message["tools"] = _tools(message["tools"], f"{where}.tools")
     if "tool_calls" in message:
-        _need(isinstance(message["tool_calls"], list), f"{where}.tool_calls must be a list")
-        calls = enumerate(message["tool_calls"])
-        message["tool_calls"] = [_call(call, f"{where}.tool_calls[{index}]") for index, call in calls]
+        message["tool_calls"] = _calls(message["tool_calls"], f"{where}.tool_calls")
     return message
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise InvalidRow(f"{where}.content must hold objects")
+    try:
+        return list_text(parts)
+    except TypeError:
+        raise InvalidRow(f"{where}.content has a text part whose text is no text") from None
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise InvalidRow(f"{where} must be a list")
+    return [_call(call, f"{where}[{index}]") for index, call in enumerate(calls)]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
-    _need(isinstance(function, Mapping), f"{where} must be an object with a function")
-    _need(isinstance(function.get("name"), str), f"{where}.function.name must be a text")
-    _need(isinstance(call.get("id") or function.get("id") or "", str), f"{where}.id must be a text")
+    if not isinstance(function, Mapping):
+        raise InvalidRow(f"{where} must be an object with a function")
+    if not isinstance(function.get("name"), str):
+        raise InvalidRow(f"{where}.function.name must be a text")
+    if not isinstance(call.get("id") or function.get("id") or "", str):
+        raise InvalidRow(f"{where}.id must be a text")
     arguments = function.get("arguments")
     if isinstance(arguments, Mapping):
         arguments = to_json(arguments)
-    _need(isinstance(arguments, str), f"{where}.function.arguments must be an object or its JSON text")
+    if not isinstance(arguments, str):
+        raise InvalidRow(f"{where}.function.arguments must be an object or its JSON text")
     try:
         is_object = isinstance(json.loads(arguments), dict)
     except (ValueError, RecursionError):
         is_object = False
-    _need(is_object, f"{where}.function.arguments must be the JSON text of an object")
+    if not is_object:
+        raise InvalidRow(f"{where}.function.arguments must be the JSON text of an object")
     return {**call, "function": {**function, "arguments": arguments}}
 
 
@@ -158,12 +183,13 @@ def _tools(tools: Any, where: str) -> list[Any]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRow(f"{where} is not JSON ({error})") from None
-    _need(isinstance(tools, list), f"{where} must be a list")
+    if not isinstance(tools, list):
+        raise InvalidRow(f"{where} must be a list")
     for index, tool in enumerate(tools):
-        is_tool = isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping)
-        _need(is_tool, f"{where}[{index}] must be an object with a function")
+        if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
+            raise InvalidRow(f"{where}[{index}] must be an object with a function")
     return tools
 
 
@@ -174,10 +200,6 @@ def _with_tools(messages: list[dict[str, Any]], given: Any) -> list[dict[str, An
     index = next((i for i, message in enumerate(messages) if message["role"] == "system"), None)
     if index is None:
         return [{"role": "system", "content": "", "tools": tools}, *messages]
-    _need(not messages[index].get("tools"), f"has tools of its own and messages[{index}].tools; keep one of them")
+    if messages[index].get("tools"):
+        raise InvalidRow(f"has tools of its own and messages[{index}].tools; keep one of them")
     return [m | {"tools": tools} if i == index else m for i, m in enumerate(messages)]
-
-
-def _need(holds: object, reason: str) -> None:
-    if not holds:
-        raise InvalidRow(reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -14,19 +14,27 @@ from paddledsv4.errors import UserError
 from paddledsv4.sft.tokens import CONTROLS, EOS, Control, Pieces, segments
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 INSTALL = 'pip install "paddledsv4[sft]"'
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Segment:
-    """A control token, or a stretch of text between two of them, from character ``start`` to ``end`` of its text."""
+    """A control token, or the text between two of them: characters ``start`` to ``end`` of the conversation's text."""
 
     start: int
     end: int
     ids: list[int]
-    encoding: Encoding | None  # of a stretch of text; its offsets count from ``start``
+    part: str
+    tokenizer: Tokenizer
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """Characters (s, e) of each token, counted from ``start``. Made on demand: most segments are trained whole."""
+        if isinstance(self.part, Control):
+            return [(0, len(self.part))]
+        return self.tokenizer.encode(self.part, add_special_tokens=False).offsets
 
 
 class ChatTokenizer:
@@ -80,21 +88,23 @@ class ChatTokenizer:
         return [token for segment in self.encode_batch([pieces])[0] for token in segment.ids]
 
     def encode_batch(self, conversations: Sequence[Pieces]) -> list[list[Segment]]:
-        """The segments of each conversation with their ids; all texts go through the tokenizer in one call."""
-        joined = [segments(pieces) for pieces in conversations]
-        texts = [part for parts in joined for part in parts if not isinstance(part, Control)]
-        encodings = iter(self.text.encode_batch(texts, add_special_tokens=False))
-        return [self._place(parts, encodings) for parts in joined]
+        """The segments of each conversation with their ids.
 
-    def _place(self, parts: Pieces, encodings) -> list[Segment]:
+        All texts go through the tokenizer in one call, and a text that occurs again (a system prompt, the schema of a
+        tool, what stands between two tags) only once.
+        """
+        joined = [segments(pieces) for pieces in conversations]
+        texts = list(dict.fromkeys(part for parts in joined for part in parts if not isinstance(part, Control)))
+        encodings = self.text.encode_batch_fast(texts, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        return [self._place(parts, ids) for parts in joined]
+
+    def _place(self, parts: Pieces, ids: Mapping[str, list[int]]) -> list[Segment]:
         placed, start = [], 0
         for part in parts:
             end = start + len(part)
-            if isinstance(part, Control):
-                placed.append(Segment(start, end, [self.control_ids[part]], None))
-            else:
-                encoding = next(encodings)
-                placed.append(Segment(start, end, encoding.ids, encoding))
+            part_ids = [self.control_ids[part]] if isinstance(part, Control) else ids[part]
+            placed.append(Segment(start, end, part_ids, part, self.text))
             start = end
         return placed
 

@@ -100,7 +100,7 @@ def test_masks_never_split_a_token(messages, mode, drop, train_on):
     encoding = tokenizer().whole.encode(rendered.text, add_special_tokens=False)
     mask = multi_turn_loss_mask(messages, tokenizer(), mode, drop, train_on=train_on).loss_mask
     assert not splits(encoding.offsets, mask, spans)
-    assert segments_mask(tokenizer().encode_batch([rendered.pieces])[0], spans) == mask
+    assert list(segments_mask(tokenizer().encode_batch([rendered.pieces])[0], spans)) == mask
 
 
 def test_a_planted_mask_is_seen():
