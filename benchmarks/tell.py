@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 
-def tell(table: Table, figures: list[dict], out: Path | None) -> None:
+def tell(table: RenderableType, figures: list[dict], out: Path | None) -> None:
     """Print the table; write the figures to ``out`` where it is given."""
     Console().print(table)
     if out:
