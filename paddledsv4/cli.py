@@ -98,7 +98,10 @@ def train(
     preset, overrides = (numerics, Overrides()) if numerics else recipe.numerics_choice()
     policy = Policy.from_env(preset, overrides.then(given))
     with connect(recipe.parallel) as groups:
-        trainer = Trainer(recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups)
+        trainer = Trainer(
+            recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups,
+            weights=Path(recipe.weights) if recipe.weights else None,
+        )
         if groups.world.rank == 0:
             _train_and_log(trainer, training.steps, recipe, out or Path(recipe.output))
         else:

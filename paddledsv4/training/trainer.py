@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -18,6 +20,8 @@ from paddledsv4.training.data import batches
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.training.schedule import learning_rate
 from paddledsv4.training.step import StepResult, train_step
+from paddledsv4.transformer.build import unset_parameters
+from paddledsv4.weights.from_checkpoint import load_checkpoint
 from paddledsv4.weights.load import expert_index, load_megatron_state, weights_md5, without_other_experts
 
 
@@ -30,6 +34,7 @@ class Trainer:
         policy: numeric variants, resolved here.
         tokens: integers [rows, sequence_length + 1].
         initial_state: parameters and buffers under Megatron's names; None draws them from ``train.seed``.
+        weights: a checkpoint of any format to start from instead, which each rank reads its part of.
         parallel: the layout; ``groups``: what :func:`paddledsv4.distributed.connect.connect` gave for it.
 
     Raises:
@@ -47,6 +52,7 @@ class Trainer:
         precision: str | None = None,
         parallel: ParallelConfig | None = None,
         groups: Groups = ALONE,
+        weights: Path | None = None,
     ):
         precision = precision or train.precision
         if precision not in DTYPES:
@@ -57,7 +63,10 @@ class Trainer:
         for name in ("tensor", "context"):
             if getattr(self.parallel, name) > 1:
                 self.parallel.reject(name, "must be 1: there are no layers for it yet; use data and expert parallelism")
-        self.model = DeepseekV4Model(model, policy, precision, groups)
+        with unset_parameters() if weights else contextlib.nullcontext():
+            self.model = DeepseekV4Model(model, policy, precision, groups)
+        if weights:
+            load_checkpoint(self.model, weights, groups)
         if initial_state is not None:
             here = local_experts(model.n_routed_experts, groups.expert)
             load_megatron_state(self.model, without_other_experts(initial_state, here, model.n_routed_experts))

@@ -15,6 +15,8 @@ from paddledsv4.weights.files import INDEX, Files, Stored, read_folder, read_ind
 from paddledsv4.weights.names import Atom, Tensor, from_megatron, tensors
 from paddledsv4.weights.storage import RELEASED, Storage
 
+CHUNK = 1 << 18  # elements
+
 # a tensor that only one format has -> the format
 SIGNS = {
     "embed.weight": "released",
@@ -133,14 +135,25 @@ class Source:
         return scale.piece(slot.part, slot.parts, kept.scale_shape(atom.shape))
 
     def read(self, stored: Stored) -> np.ndarray:
-        """The bytes of a piece, checked.
+        """The bytes of a piece in a new array.
 
         Raises:
             UserError: it cannot be read, or has a number that is NaN or infinite.
         """
-        raw = self.files.read(stored)
-        check_numbers(stored, raw)
-        return raw
+        return self.read_into(stored, np.empty(stored.shape, storage.NUMPY[stored.dtype]))
+
+    def read_into(self, stored: Stored, out: np.ndarray) -> np.ndarray:
+        """The same into the memory of ``out``, contiguous, of the stored dtype and size."""
+        flat, start = out.reshape(-1), 0
+        while start < flat.size:
+            chunk = flat[start : start + CHUNK]  # looked at while it is in the processor's cache
+            self.files.read_into(stored.at(start * out.itemsize, chunk), chunk)
+            try:
+                storage.check_finite(stored.dtype, chunk)
+            except ValueError as error:
+                raise UserError(f"{stored} {error}; fetch the file again") from None
+            start += CHUNK
+        return out
 
     def values(self, atom: Atom) -> np.ndarray:
         """Its numbers: float32, or integers as they are."""
@@ -168,14 +181,6 @@ def without_mtp(config: ModelConfig) -> ModelConfig:
 def _check_shape(stored: Stored, shape: tuple[int, ...]) -> None:
     if stored.shape != shape:
         raise UserError(f"{stored} has shape {list(stored.shape)}, the config gives {list(shape)}")
-
-
-def check_numbers(stored: Stored, raw: np.ndarray) -> None:
-    """Raise :class:`UserError` that names the tensor if a number is NaN or infinite."""
-    try:
-        storage.check_finite(stored.dtype, raw)
-    except ValueError as error:
-        raise UserError(f"{stored} {error}; fetch the file again") from None
 
 
 def listing(config: ModelConfig, format: str = "released") -> dict[str, tuple[str, tuple[int, ...]]]:

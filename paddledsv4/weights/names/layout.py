@@ -48,8 +48,9 @@ class Atom:
         name = (prefix + slot.name).replace("{n}", str(self.layer)).replace("{e}", str(self.expert))
         if slot.stacked:
             return Slot(name, self.expert * slot.parts + slot.part, self.experts * slot.parts, True)
-        grouped = format == "megatron" and self.expert is not None
-        return slot._replace(name=to_megatron(name, grouped_experts=True) if grouped else name)
+        if format == "megatron" and self.expert is not None:
+            name = to_megatron(name, grouped_experts=True)
+        return Slot(name, slot.part, slot.parts)
 
 
 @dataclass(frozen=True)
