@@ -47,10 +47,10 @@ class Ours:
     def _load(self, path: str) -> None:
         from safetensors.numpy import load_file
 
-        from paddledsv4.weights.huggingface import from_huggingface
         from paddledsv4.weights.load import load_megatron_state
+        from paddledsv4.weights.state import rename
 
-        load_megatron_state(self.model, from_huggingface(load_file(path)))
+        load_megatron_state(self.model, rename(load_file(path), self.model.config, "hf"))
 
     def step(self, number: int) -> float:
         from paddledsv4.training.step import train_step

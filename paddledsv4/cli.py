@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from paddledsv4.commands import convert
 from paddledsv4.config import ModelConfig, Recipe
 from paddledsv4.errors import UserError
 from paddledsv4.info import ACTIVATION_FORMULA, BFLOAT16, FLOAT32, ModelInfo, model_info
@@ -121,7 +122,10 @@ def train(
     preset, overrides = (numerics, Overrides()) if numerics else recipe.numerics_choice()
     policy = Policy.from_env(preset, overrides.then(given))
     with connect(recipe.parallel) as groups:
-        trainer = Trainer(recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups)
+        trainer = Trainer(
+            recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups,
+            weights=Path(recipe.weights) if recipe.weights else None,
+        )
         with checkpointing(trainer, saving, resume, force) as (results, notes):
             if groups.world.rank == 0:
                 _train_and_log(trainer, results, notes, recipe, out or Path(recipe.output))
@@ -178,6 +182,9 @@ def _last_step(log: RunLog, console: Console) -> None:
     speed = f"grad_norm {float(last['grad_norm']):.4f}  {last['tokens_per_second']:,} tokens/s"
     console.print(f"step {last['step']}  {_losses(last)}  {speed}", highlight=False)
     console.print(f"log {log.path}\ncurves {log.picture}", highlight=False, soft_wrap=True, markup=False)
+
+
+app.command(epilog=convert.EXAMPLES)(convert.convert)
 
 
 @app.command(epilog=INFO_EXAMPLES)

@@ -28,10 +28,11 @@ class DataConfig(StrictConfig):
 class Recipe(StrictConfig):
     """A training run as a file.
 
-    ``model`` is a section or the path of a config.json; paths in ``model`` and ``data.tokens`` are relative
-    to the recipe, ``output`` and
-    ``checkpoint.dir`` to the working directory. ``numerics`` is a preset's name, or a mapping of op to
-    variant in which the key ``preset`` names the preset to start from, and ``layers`` maps globs over layers to such
+    ``model`` is a section or the path of a config.json; ``weights`` is a checkpoint to start from, of any format
+    that `paddledsv4 convert` knows, else weights are drawn. Paths in ``model``, ``weights`` and ``data.tokens`` are
+    relative to the recipe, ``output`` and ``checkpoint.dir`` to the working directory. ``numerics`` is a preset's
+    name, or a mapping of op to variant in which the key ``preset`` names the preset to start from, and ``layers``
+    maps globs over layers to such
     mappings; left out, the environment decides.
     """
 
@@ -39,6 +40,7 @@ class Recipe(StrictConfig):
     training: TrainConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig | None = None
+    weights: str | None = None
     numerics: Any = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: str = "runs/paddledsv4"
@@ -59,6 +61,8 @@ class Recipe(StrictConfig):
         values: dict[str, Any] = read_mapping(path)
         values["model"] = ModelConfig.from_file(path)
         recipe = cls.from_dict(values, where=str(path))
+        if recipe.weights is not None:
+            recipe = recipe.model_copy(update={"weights": str((path.parent / recipe.weights).resolve())})
         if recipe.data is None:
             return recipe
         return recipe.replace_tokens(str((path.parent / recipe.data.tokens).resolve()))

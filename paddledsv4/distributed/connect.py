@@ -91,3 +91,20 @@ def check_same(group: Group, texts: Mapping[str, str | bytes]) -> None:
                 f"{name} of rank {', '.join(map(str, odd))} differs from that of rank {group.ranks[0]}: "
                 "start every rank with the same command, files and environment"
             )
+
+
+MESSAGE = 1000  # bytes of a problem that are told to other ranks
+
+
+def fail_together(group: Group, problem: str | None) -> None:
+    """What one rank of the group could not do stops all of them. Every rank calls this, most with None.
+
+    Raises:
+        UserError: on every rank of the group, if one has a ``problem``: the first one's.
+    """
+    text = np.frombuffer((problem or "").encode()[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
+    everyone = group.all_gather(paddle.to_tensor(text.copy())).numpy().reshape(group.size, MESSAGE)
+    for rank, said in zip(group.ranks, everyone, strict=True):
+        if said[0]:
+            words = said.tobytes().rstrip(b"\0").decode(errors="ignore")
+            raise UserError(words if group.size == 1 else f"rank {rank}: {words}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -19,6 +21,8 @@ from paddledsv4.training.data import batches, rows_per_step, table_fingerprint
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.training.schedule import learning_rate
 from paddledsv4.training.step import StepResult, train_step
+from paddledsv4.transformer.build import unset_parameters
+from paddledsv4.weights.from_checkpoint import load_checkpoint
 from paddledsv4.weights.load import expert_index, load_megatron_state, weights_md5, without_other_experts
 from paddledsv4.weights.shards import shards_of_rank, split_of
 
@@ -32,6 +36,7 @@ class Trainer:
         policy: numeric variants, resolved here.
         tokens: integers [rows, sequence_length + 1].
         initial_state: parameters and buffers under Megatron's names; None draws them from ``train.seed``.
+        weights: a checkpoint of any format to start from instead, which each rank reads its part of.
         parallel: the layout; ``groups``: what :func:`paddledsv4.distributed.connect.connect` gave for it.
 
     Raises:
@@ -49,6 +54,7 @@ class Trainer:
         precision: str | None = None,
         parallel: ParallelConfig | None = None,
         groups: Groups = ALONE,
+        weights: Path | None = None,
     ):
         precision = precision or train.precision
         if precision not in DTYPES:
@@ -64,7 +70,10 @@ class Trainer:
                 "sequence_parallel",
                 f"tensor x context ({slices}) must divide training.sequence_length ({train.sequence_length})",
             )
-        self.model = DeepseekV4Model(model, policy, precision, groups, sequence_parallel)
+        with unset_parameters() if weights else contextlib.nullcontext():
+            self.model = DeepseekV4Model(model, policy, precision, groups, sequence_parallel)
+        if weights:
+            load_checkpoint(self.model, weights, groups)
         if initial_state is not None:
             here = local_experts(model.n_routed_experts, groups.expert)
             experts_here = without_other_experts(initial_state, here, model.n_routed_experts)

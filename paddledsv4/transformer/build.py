@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -79,8 +82,29 @@ class ForwardContext:
         return SequenceSlice(self.group, self.input_ids.shape[1])
 
 
+_unset: ContextVar[bool] = ContextVar("unset", default=False)
+
+
+@contextlib.contextmanager
+def unset_parameters() -> Iterator[None]:
+    """Models built in this block draw no weights: a checkpoint fills their memory, which takes room only then."""
+    token = _unset.set(True)
+    try:
+        yield
+    finally:
+        _unset.reset(token)
+
+
+class Unset(nn.initializer.Initializer):
+    """Memory of the right size, whatever it holds."""
+
+    def forward(self, var: Tensor, block=None) -> None:
+        paddle.empty(var.shape, var.dtype)._share_underline_tensor_to(var)
+
+
 def parameter(shape: list[int], dtype: str, initializer: nn.initializer.Initializer) -> Tensor:
     """A trainable parameter, initialised."""
+    initializer = Unset() if _unset.get() else initializer
     return paddle.create_parameter(shape, dtype=dtype, default_initializer=initializer)
 
 

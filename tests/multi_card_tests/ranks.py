@@ -25,7 +25,8 @@ class Ended:
 
 
 def environment(**more: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(HERE), str(ROOT / "tests" / "single_card_tests")])
+    single = ROOT / "tests" / "single_card_tests"
+    paths = os.pathsep.join(map(str, (ROOT, HERE, single, single / "weights")))
     fixed = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONWARNINGS": "ignore"}
     return os.environ | fixed | more
 
@@ -36,13 +37,13 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run_ranks(count: int, *arguments: str, limit: float = 120) -> list[Ended]:
-    """Run ``python jobs.py ARGUMENTS`` in ``count`` processes, as paddle.distributed.launch sets them up."""
+def run_ranks(count: int, *arguments: str, limit: float = 120, script: str = "jobs.py") -> list[Ended]:
+    """Run ``python SCRIPT ARGUMENTS`` in ``count`` processes, as paddle.distributed.launch sets them up."""
     endpoints = ",".join(f"127.0.0.1:{free_port()}" for _ in range(count))
     started = time.monotonic()
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "jobs.py"), *map(str, arguments)],
+            [sys.executable, str(HERE / script), *map(str, arguments)],
             cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment(
                 PADDLE_TRAINER_ID=str(rank), PADDLE_TRAINERS_NUM=str(count), PADDLE_TRAINER_ENDPOINTS=endpoints

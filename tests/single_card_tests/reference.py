@@ -17,8 +17,8 @@ from paddledsv4.model import DeepseekV4Model
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.training.step import auxiliary_losses, microbatch_gradients
-from paddledsv4.weights.huggingface import from_huggingface
 from paddledsv4.weights.load import load_megatron_state
+from paddledsv4.weights.state import rename
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = ROOT / "align" / "data"
@@ -123,8 +123,9 @@ def errors(reference: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> dic
 
 def hf_model(preset: str = "hf") -> DeepseekV4Model:
     """The tiny model of Hugging Face transformers with its weights."""
-    model = DeepseekV4Model(ModelConfig.from_file(HF_TINY / "config.json"), Policy.preset(preset))
-    load_megatron_state(model, from_huggingface(load_file(HF_TINY / "weights.safetensors")))
+    config = ModelConfig.from_file(HF_TINY / "config.json")
+    model = DeepseekV4Model(config, Policy.preset(preset))
+    load_megatron_state(model, rename(load_file(HF_TINY / "weights.safetensors"), config, "hf"))
     return model
 
 

@@ -1,45 +1,14 @@
-"""Names, ours and Megatron's, both ways: of parameters, and of the tensors of a trace.
+"""The tensors of a trace: where each passes in our layers and in Megatron's.
 
-Our parameters bear Megatron's names. One spelling differs between its versions: grouped experts, which keep
-``experts.linear_fc1.weight3`` where others keep ``experts.local_experts.3.linear_fc1.weight``.
-
-A trace names the tensors of one pass. The tables below say where each tensor passes on either side; they import no
-framework, so that a Megatron job reads them too.
+A trace names the tensors of one pass. The tables below say where each passes on either side. Its paths of layers are
+those of the parameter table, which a test checks; no framework is imported, so that a Megatron job reads them too.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
-
-_GROUPED = re.compile(r"\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
-_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
-BUFFERS = ("tid2eid", "expert_bias")  # last parts of the names of buffers that a checkpoint keeps
-
-
-def from_megatron(name: str) -> str:
-    """Our name of a parameter or buffer that some version of Megatron calls ``name``."""
-    return _GROUPED.sub(r".experts.local_experts.\3.\1.\2", name)
-
-
-def to_megatron(name: str, grouped_experts: bool = False) -> str:
-    """Megatron's name of a parameter that we call ``name``; the two spellings differ for experts alone."""
-    if not grouped_experts:
-        return name
-    return re.sub(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$", r".experts.\2.\3\1", name)
-
-
-def expert_index(name: str) -> int | None:
-    """Which routed expert a parameter belongs to; None: it is dense."""
-    found = _EXPERT.search(name)
-    return int(found[0]) if found else None
-
-
-def with_expert(name: str, index: int) -> str:
-    """The same parameter of the expert ``index``."""
-    return _EXPERT.sub(str(index), name)
 
 
 @dataclass(frozen=True)

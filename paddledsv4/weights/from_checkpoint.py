@@ -1,0 +1,110 @@
+"""Weights of a model from a checkpoint of any format, on many ranks, each byte read and kept once.
+
+Of the ranks that share a parameter the first one reads it, straight into the parameter's memory, and broadcasts it to
+the others, which open no file. Experts are shared by the ranks of ``expert_data``, everything else by ``replicas``: so
+under expert parallelism every rank reads its own experts. Names, shapes and dtypes are checked before any data moves,
+and what goes wrong on one rank is an error on all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from paddledsv4.distributed.connect import fail_together
+from paddledsv4.distributed.group import ALONE, Group, Groups
+from paddledsv4.errors import UserError
+from paddledsv4.model import DeepseekV4Model
+from paddledsv4.weights import bfloat16, storage
+from paddledsv4.weights.load import named_tensors
+from paddledsv4.weights.names import expert_index, tensors
+from paddledsv4.weights.shards import shares_of, split_of
+from paddledsv4.weights.source import Source
+
+# Paddle's dtype -> safetensors' name of it, and the integer dtype of as many bits, which numpy can be lent
+DTYPES = {
+    paddle.float64: ("F64", "int64"), paddle.float32: ("F32", "int32"), paddle.bfloat16: ("BF16", "int16"),
+    paddle.int64: ("I64", "int64"), paddle.int32: ("I32", "int32"),
+}  # fmt: skip
+
+
+def load_checkpoint(model: DeepseekV4Model, path: Path, groups: Groups = ALONE) -> None:
+    """Fill all parameters and persistent buffers of ``model`` from a folder or file; computed buffers stay.
+
+    Raises:
+        UserError: on every rank, within seconds, if a tensor is missing, extra, misshapen, unreadable or has numbers
+            that are NaN or infinite. The model is of no use then.
+    """
+    everything = named_tensors(model)
+    experts = {name: tensor for name, tensor in everything.items() if expert_index(name) is not None}
+    dense = {name: tensor for name, tensor in everything.items() if name not in experts}
+    reads = groups.replicas.rank == 0 or (experts and groups.expert_data.rank == 0)
+    source, problem = None, None
+    if reads:
+        try:
+            source = Source.open(path, model.config)
+        except UserError as error:
+            problem = str(error)
+    fail_together(groups.world, problem)
+    try:
+        reader = _Reader(source, model, groups) if source else None
+        for part, group in ((experts, groups.expert_data), (dense, groups.replicas)):
+            fail_together(groups.world, _load(part.items(), reader, group))
+    finally:
+        if source:
+            source.close()
+
+
+def _load(part: Iterable[tuple[str, Tensor]], reader: _Reader | None, group: Group) -> str | None:
+    """Fill these tensors on all members of the group; returns what went wrong, of which every member hears."""
+    for name, tensor in part:
+        problem = None
+        if group.rank == 0:
+            try:
+                reader.fill(name, tensor)
+            except UserError as error:
+                problem = str(error)
+        failed = group.broadcast_(paddle.full([1], problem is not None, "int32"))
+        if failed.tolist() != [0]:
+            return problem or f"tensor {name} could not be read"
+        group.broadcast_(tensor.detach())  # shares its memory
+    return None
+
+
+class _Reader:
+    """Reads our tensors from a source of any format."""
+
+    def __init__(self, source: Source, model: DeepseekV4Model, groups: Groups):
+        self.source, self.table, self.groups = source, tensors(model.config, "paddledsv4"), groups
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Read the atoms of a tensor into its memory; of one that tensor ranks share out, its share of all of them."""
+        dtype, shares = DTYPES[tensor.dtype][0], shares_of(name, self.groups)
+        split = split_of(name) if shares.size > 1 else None
+        atoms, shape = self.table[name].atoms, self.table[name].shape
+        memory = None if split else _memory(tensor)
+        lent = memory if memory is not None else np.empty(math.prod(shape), storage.NUMPY[dtype])
+        for atom, piece in zip(atoms, lent.view(storage.NUMPY[dtype]).reshape(len(atoms), -1), strict=True):
+            kept = self.source.storage(atom)
+            if kept.weight == dtype:
+                self.source.read_into(self.source.weight(atom, kept), piece)
+                continue
+            values = self.source.values(atom).reshape(-1)
+            piece[:] = bfloat16.encode(values) if dtype == "BF16" else values
+        if memory is None:
+            array = lent.reshape(shape)
+            if split:
+                array = np.ascontiguousarray(split.shard(array, shares.rank, shares.size))
+            tensor.set_value(paddle.to_tensor(array.view("<i2")).view("bfloat16") if dtype == "BF16" else array)
+
+
+def _memory(tensor: Tensor) -> np.ndarray | None:
+    """The memory of a tensor on a CPU, as flat integers of the size of its elements; None if it is elsewhere."""
+    if not tensor.place.is_cpu_place() or not tensor.is_contiguous():
+        return None
+    return np.from_dlpack(tensor.detach().view(DTYPES[tensor.dtype][1])).reshape(-1)
