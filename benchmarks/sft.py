@@ -106,7 +106,8 @@ def main(
     table = Table("", "tokens/s", "of tokenizers alone", title=f"{rate['tokens']:,} tokens")
     for side in ("tokenizers", "ours"):
         table.add_row(side, f"{rate[side]:,.0f}", f"{rate[side] / rate['tokenizers']:.0%}")
-    rooms = Table("sequence length", "sequences", "not padding", "at full length", "seconds", title="The sample, packed")
+    columns = ("sequence length", "sequences", "not padding", "at full length", "seconds")
+    rooms = Table(*columns, title="The sample, packed")
     for row in packed:
         shown = f"{row['efficiency']:.1%}", f"{row['efficiency_at_full_length']:.1%}", f"{row['seconds']:.3f}"
         rooms.add_row(str(row["sequence_length"]), str(row["sequences"]), *shown)
