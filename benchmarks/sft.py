@@ -106,7 +106,7 @@ def main(
     table = Table("", "tokens/s", "of tokenizers alone", title=f"{rate['tokens']:,} tokens")
     for side in ("tokenizers", "ours"):
         table.add_row(side, f"{rate[side]:,.0f}", f"{rate[side] / rate['tokenizers']:.0%}")
-    columns = "sequence length", "sequences", "not padding", "at full length", "seconds"
+    columns = ("sequence length", "sequences", "not padding", "at full length", "seconds")
     rooms = Table(*columns, title="The sample, packed")
     for row in packed:
         shown = f"{row['efficiency']:.1%}", f"{row['efficiency_at_full_length']:.1%}", f"{row['seconds']:.3f}"

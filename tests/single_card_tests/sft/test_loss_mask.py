@@ -50,6 +50,10 @@ def test_a_step_is_left_out():
     assert trained_runs(*multi_turn_loss_mask(messages)) == ["a2<｜end▁of▁sentence｜>"]
 
 
+def test_a_tokenizer_of_the_library_will_do():
+    assert multi_turn_loss_mask(CHAT, tokenizer().whole) == multi_turn_loss_mask(CHAT)
+
+
 def test_all_but_system():
     [run] = trained_runs(*multi_turn_loss_mask(CHAT, train_on="all-but-system"))
     assert run == render(CHAT, "chat").text.removeprefix("<｜begin▁of▁sentence｜>S")
