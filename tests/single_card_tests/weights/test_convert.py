@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIG, contents, released, small_config, write_checkpoint
+from generated import CONFIG, contents, released, small_config, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import ROOT

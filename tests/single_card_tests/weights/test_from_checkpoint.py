@@ -5,7 +5,7 @@ import json
 import numpy as np
 import paddle
 import pytest
-from checkpoints import CONFIG, released, small_config
+from generated import CONFIG, released, small_config
 from reference import TINY, tiny_model
 from test_cli import TINY as RECIPE
 from test_cli import run

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 
 import pytest
-from checkpoints import small_config
+from generated import small_config
 from reference import HF_TINY, ROOT, tiny_model
 from safetensors import safe_open
 
