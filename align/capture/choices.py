@@ -27,9 +27,10 @@ def margins(scores: np.ndarray, chosen: int) -> np.ndarray:
     return np.where(np.isnan(scores).any(-1), np.nan, margin).astype(np.float32)
 
 
-def causal(scores: np.ndarray, ratio: int) -> np.ndarray:
-    """scores [b, s, g] with -inf for the entries that a query cannot see: those not complete at its position."""
-    visible = (np.arange(scores.shape[1]) + 1) // ratio
+def causal(scores: np.ndarray, ratio: int, offset: int = 0) -> np.ndarray:
+    """scores [b, s, g] with -inf for the entries that a query cannot see: those not complete at its position, which is
+    ``offset`` for the first query."""
+    visible = (np.arange(scores.shape[1]) + 1 + offset) // ratio
     return np.where(np.arange(scores.shape[2]) < visible[:, None], scores, -np.inf)
 
 

@@ -184,6 +184,6 @@ class ChoiceTaps:
         return margins((scores + bias).numpy(), k)
 
     @staticmethod
-    def _of_indexer(scores: Any, k: int, ratio: int) -> np.ndarray:
+    def _of_indexer(scores: Any, k: int, ratio: int, offset: int) -> np.ndarray:
         scores = scores.astype("float32").numpy()
-        return margins(causal(scores, ratio), min(k, scores.shape[-1]))
+        return margins(causal(scores, ratio, offset), min(k, scores.shape[-1]))

@@ -1,52 +1,51 @@
 """The balance loss of whole sequences (spec 9.3), of which a rank may have a slice only.
 
-The layer is given one of these when it is built. Both: logits [s*b, E] -> loss [1].
+The layer is given one of two functions when it is built. Both take its ops and logits [s*b, E] of ``sequences`` = b
+sequences, and give a loss [1].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
 
 from paddledsv4.distributed.context_parallel import SequenceSlice
-from paddledsv4.transformer.build import Build
+from paddledsv4.distributed.group import Group
+
+SequenceLoss = Callable[[SimpleNamespace, Tensor, int, int, float, SequenceSlice], Tensor]
 
 
-def sequence_loss(build: Build) -> Callable[[Tensor, int, float, SequenceSlice], Tensor]:
-    """The loss for the context group of this build."""
-    kind = WholeSequenceLoss if build.groups.context.size == 1 else SliceLoss
-    return kind(build.ops, build.config.num_experts_per_tok)
+def sequence_loss(group: Group) -> SequenceLoss:
+    """The loss where the ranks of ``group`` share every sequence."""
+    return whole_sequence_loss if group.size == 1 else slice_loss
 
 
-class WholeSequenceLoss:
-    """The op: all tokens are here."""
-
-    def __init__(self, ops, topk: int):
-        self.ops, self.topk = ops, topk
-
-    def __call__(self, logits: Tensor, sequences: int, coeff: float, sequence: SequenceSlice) -> Tensor:
-        """logits [s*b, E], b = ``sequences`` -> loss [1]."""
-        return self.ops.sequence_aux_loss(logits, sequences, self.topk, coeff)
+def whole_sequence_loss(
+    ops: SimpleNamespace, logits: Tensor, sequences: int, topk: int, coeff: float, sequence: SequenceSlice
+) -> Tensor:
+    """All tokens are here."""
+    return ops.sequence_aux_loss(logits, sequences, topk, coeff)
 
 
-class SliceLoss(WholeSequenceLoss):
+def slice_loss(
+    ops: SimpleNamespace, logits: Tensor, sequences: int, topk: int, coeff: float, sequence: SequenceSlice
+) -> Tensor:
     """The term of this slice's affinities, with the token counts of the whole sequence, as Megatron has it.
 
-    The terms of all slices sum up to the loss of the sequence; gradients are averaged, so it is seeded by the number
-    of slices more.
+    The terms of all slices sum up to the loss of the sequence; gradients are averaged, so it is to be seeded by the
+    number of slices more.
     """
+    elsewhere = sequence.elsewhere(_counts(ops, logits, sequences, topk))
+    return ops.sequence_aux_loss(logits, sequences, topk, coeff, elsewhere, slices=sequence.ranks)
 
-    def __call__(self, logits: Tensor, sequences: int, coeff: float, sequence: SequenceSlice) -> Tensor:
-        """As :class:`WholeSequenceLoss`, of the tokens of this slice."""
-        elsewhere = sequence.elsewhere(self._counts(logits, sequences))
-        return self.ops.sequence_aux_loss(logits, sequences, self.topk, coeff, elsewhere, slices=sequence.ranks)
 
-    @paddle.no_grad()
-    def _counts(self, logits: Tensor, sequences: int) -> Tensor:
-        """[b * E] int64: how many tokens of this slice have an expert among their best ones, without the bias."""
-        index = self.ops.router_topk(self.ops.router_scores(logits.detach()), None, self.topk)
-        chosen = F.one_hot(index, logits.shape[1]).sum(1).astype("int64")
-        return chosen.reshape([-1, sequences * logits.shape[1]]).sum(0)
+@paddle.no_grad()
+def _counts(ops: SimpleNamespace, logits: Tensor, sequences: int, topk: int) -> Tensor:
+    """[b * E] int64: how many tokens of this slice have an expert among their best ones, without the bias."""
+    index = ops.router_topk(ops.router_scores(logits.detach()), None, topk)
+    chosen = F.one_hot(index, logits.shape[1]).sum(1).astype("int64")
+    return chosen.reshape([-1, sequences * logits.shape[1]]).sum(0)

@@ -20,7 +20,7 @@ class Router(nn.Layer):
         self.scaling, self.normalise = config.routed_scaling_factor, config.norm_topk_prob
         normal = nn.initializer.Normal(0.0, config.initializer_range)
         self.weight = parameter([self.experts, config.hidden_size], build.dtype, normal)
-        self.sequence_loss = sequence_loss(build)
+        self.sequence_loss = sequence_loss(build.groups.context)
 
     def choose(self, scores: Tensor, context: ForwardContext) -> Tensor:
         """scores [T, E] -> expert ids [T, K]."""
@@ -33,7 +33,9 @@ class Router(nn.Layer):
         probs, routing_map = self.ops.router_probs(scores, index, self.scaling, self.normalise)
         losses = context.losses
         if losses.sequence_coeff:
-            loss = self.sequence_loss(logits, x.shape[1], losses.sequence_coeff, context.sequence)
+            loss = self.sequence_loss(
+                self.ops, logits, x.shape[1], self.topk, losses.sequence_coeff, context.sequence
+            )
             probs = self.ops.attach_loss(probs, loss, losses.seed * context.sequence.ranks)
         return probs, routing_map
 
