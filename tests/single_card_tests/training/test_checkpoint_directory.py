@@ -288,7 +288,7 @@ def test_training_goes_on_while_the_thread_writes(runner, folder, monkeypatch):
     """What is written is the state of the saved step, though the next step has changed it meanwhile."""
     write = directory_module.write_json
     monkeypatch.setattr(
-        "paddledsv4.training.checkpoint.save.write_json", lambda *a: (time.sleep(0.2), write(*a))
+        "paddledsv4.training.checkpoint.save.write_json", lambda *a, **k: (time.sleep(0.2), write(*a, **k))
     )
     with Checkpoints(config(folder, **{"async": True}), runner.groups) as checkpoints:
         pretend(runner, 5)

@@ -18,13 +18,17 @@ from paddledsv4.training.checkpoint.directory import Directory
 needs_torch = pytest.mark.skipif(not installed("torch"), reason="needs paddledsv4[torch]")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def case(preset: str, precision: str, half: int):
+    slow = half == 5 and (preset, precision) != ("paddle", "fp32")
+    marks = [needs_torch] * (preset == "torch") + [pytest.mark.slow] * slow
+    return pytest.param(preset, precision, half, marks=marks)
+
+
 @pytest.mark.parametrize(
-    ("preset", "half"),
+    ("preset", "precision", "half"),
     [
-        ("paddle", 5),
-        pytest.param("torch", 1, marks=needs_torch),
-        pytest.param("torch", 5, marks=[needs_torch, pytest.mark.slow]),
+        case(preset, precision, half)
+        for preset in ("paddle", "torch") for precision in ("fp32", "bf16") for half in (1, 5)
     ],
 )
 def test_ten_steps_are_five_and_five(tmp_path, preset, precision, half):
