@@ -39,13 +39,13 @@ class DeepseekV4Model(nn.Layer):
         self.config, self.policy = config, policy
         build = Build(config, policy, DTYPES[precision], groups, sequence_parallel=sequence_parallel)
         self.ops, self.tensor, self.context_group = build.ops, build.tensor, groups.context
+        self.ops.cross_entropy = cross_entropy(build)  # over this rank's part of the vocabulary
         self.embedding = embedding(build.at("embedding"))
         self.decoder = TransformerBlock(build.at("decoder"))
         self.mtp = MultiTokenPredictionBlock(build.at("mtp"))
         self.output_layer = ColumnParallelLinear(
             build.at("output_layer"), config.hidden_size, config.vocab_size, self.tensor.group
         )
-        self.cross_entropy = cross_entropy(build)
         policy.check_layers(path for path, layer in self.named_sublayers() if hasattr(layer, "ops"))
 
     def forward(self, input_ids: Tensor, losses: AuxiliaryLosses | None = None) -> Tensor:
@@ -74,7 +74,7 @@ class DeepseekV4Model(nn.Layer):
 
     def token_losses(self, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         """hidden [s, b, C] at rest, head [V, C], labels [b, s] -> losses [b, s]."""
-        return self.cross_entropy(self.output_layer(self.tensor.enter(hidden), head), labels)
+        return self.ops.cross_entropy(self.output_layer(self.tensor.enter(hidden), head), labels)
 
     def learned_routers(self) -> list:
         """Routers whose bias is updated after every step."""
