@@ -103,7 +103,9 @@ class Conversion:
 
     def _pack(self, atom: Atom) -> tuple[np.ndarray, np.ndarray | None]:
         wanted = self.storage(atom)
-        with np.errstate(over="ignore"):
+        if wanted.weight == "BF16":
+            weight, scale = self.source.values(atom, narrow=True), None
+        else:
             weight, scale = storage.encode(self.source.values(atom), wanted)
         try:
             storage.check_finite(wanted.weight, weight)

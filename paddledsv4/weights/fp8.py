@@ -7,9 +7,13 @@ is 448. A scale is a float32, or an e8m0 byte b of value 2^(b - 127), b = 255 be
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import numpy as np
+
+from paddledsv4.weights import bfloat16
+from paddledsv4.weights.lookup import look_up, table
 
 BLOCK = 128
 LARGEST = np.float32(448)
@@ -35,14 +39,25 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return -(-rows // BLOCK), -(-columns // BLOCK)
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """codes [out, in] uint8, scales [ceil(out / 128), ceil(in / 128)] uint8 (e8m0) or float32 -> float32 [out, in]."""
-    scales = E8M0[scales] if scales.dtype == np.uint8 else scales
-    values = E4M3[codes]
+@functools.cache
+def _products(narrow: bool) -> np.ndarray:
+    return table(E4M3, E8M0, narrow)
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, narrow: bool = False) -> np.ndarray:
+    """codes uint8 [out, in], scales uint8 (e8m0) or float32 [ceil(out / 128), ceil(in / 128)] -> float32 [out, in].
+
+    ``narrow``: bfloat16 bits, rounded once.
+    """
     columns = np.repeat(scales, BLOCK, 1)[:, : codes.shape[1]]
+    if scales.dtype == np.uint8:
+        products = _products(narrow)
+        blocks = [look_up(products, row[None], codes[i * BLOCK : (i + 1) * BLOCK]) for i, row in enumerate(columns)]
+        return np.concatenate(blocks).view(np.uint16 if narrow else np.float32)
+    values = E4M3[codes]
     for block, factors in enumerate(columns):
         values[block * BLOCK : (block + 1) * BLOCK] *= factors
-    return values
+    return bfloat16.encode(values) if narrow else values
 
 
 def quantize(values: np.ndarray, scale: Literal["F8_E8M0", "F32"] = "F8_E8M0") -> tuple[np.ndarray, np.ndarray]:

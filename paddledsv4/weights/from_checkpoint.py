@@ -20,7 +20,7 @@ from paddledsv4.distributed.connect import fail_together
 from paddledsv4.distributed.group import ALONE, Group, Groups
 from paddledsv4.errors import UserError
 from paddledsv4.model import DeepseekV4Model
-from paddledsv4.weights import bfloat16, storage
+from paddledsv4.weights import storage
 from paddledsv4.weights.load import named_tensors
 from paddledsv4.weights.names import expert_index, tensors
 from paddledsv4.weights.shards import shares_of, split_of
@@ -94,8 +94,7 @@ class _Reader:
             if kept.weight == dtype:
                 self.source.read_into(self.source.weight(atom, kept), piece)
                 continue
-            values = self.source.values(atom).reshape(-1)
-            piece[:] = bfloat16.encode(values) if dtype == "BF16" else values
+            piece[:] = self.source.values(atom, narrow=dtype == "BF16").reshape(-1)
         if memory is None:
             array = lent.reshape(shape)
             if split:

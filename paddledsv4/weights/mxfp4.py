@@ -7,9 +7,12 @@ converter needs no framework; a layer that keeps its experts in this format take
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from paddledsv4.weights.fp8 import E8M0
+from paddledsv4.weights.lookup import look_up, table
 
 BLOCK = 32
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -23,12 +26,19 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return *shape[:-1], shape[-1] // BLOCK
 
 
-def dequantize(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """packed [..., in / 2] int8 or uint8, scales [..., in / 32] uint8 -> float32 [..., in]."""
-    values = PAIRS[packed.view(np.uint8)].reshape(*scales.shape, BLOCK)
-    with np.errstate(over="ignore"):  # 6 x 2^127 is infinite
-        values *= E8M0[scales.view(np.uint8)][..., None]
-    return values.reshape(*packed.shape[:-1], -1)
+@functools.cache
+def _products(narrow: bool) -> np.ndarray:
+    return table(PAIRS, E8M0, narrow)
+
+
+def dequantize(packed: np.ndarray, scales: np.ndarray, narrow: bool = False) -> np.ndarray:
+    """packed int8 or uint8 [..., in / 2], scales uint8 [..., in / 32] -> float32 [..., in].
+
+    ``narrow``: bfloat16 bits, which hold every product exactly (6 x 2^127 is infinite in float32 too).
+    """
+    codes = packed.view(np.uint8).reshape(-1, scales.shape[-1], BLOCK // 2)
+    found = look_up(_products(narrow), scales.reshape(-1, scales.shape[-1], 1), codes)
+    return found.view(np.uint16 if narrow else np.float32).reshape(*packed.shape[:-1], -1)
 
 
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -155,11 +155,11 @@ class Source:
             start += CHUNK
         return out
 
-    def values(self, atom: Atom) -> np.ndarray:
-        """Its numbers: float32, or integers as they are."""
+    def values(self, atom: Atom, narrow: bool = False) -> np.ndarray:
+        """Its numbers: float32, or if ``narrow`` bfloat16 bits; integers as they are."""
         kept = self.storage(atom)
         weight, scale = self.raw(atom)
-        return weight if atom.kind == "I64" else storage.decode(kept, weight, scale)
+        return weight if atom.kind == "I64" else storage.decode(kept, weight, scale, narrow)
 
     def close(self) -> None:
         """Close the files."""

@@ -84,13 +84,18 @@ def check_finite(dtype: str, raw: np.ndarray) -> None:
         raise ValueError("has NaN or infinite numbers")
 
 
-def decode(storage: Storage, weight: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-    """What is stored -> float32 numbers, exact but for F64 (and F32 scales that are no powers of two)."""
-    if storage.weight == "I8":
-        return mxfp4.dequantize(weight, scale)
-    if storage.weight == "F8_E4M3":
-        return fp8.dequantize(weight, scale)
-    return bfloat16.decode(weight) if storage.weight == "BF16" else weight.astype(np.float32, copy=False)
+def decode(storage: Storage, weight: np.ndarray, scale: np.ndarray | None, narrow: bool = False) -> np.ndarray:
+    """What is stored -> float32 numbers, exact but for F64 (and F32 scales that are no powers of two).
+
+    ``narrow``: bfloat16 bits instead, rounded to nearest.
+    """
+    if storage.weight in PACKED:
+        unpack = mxfp4.dequantize if storage.weight == "I8" else fp8.dequantize
+        return unpack(weight, scale, narrow)
+    if storage.weight == "BF16":
+        return weight if narrow else bfloat16.decode(weight)
+    values = weight.astype(np.float32, copy=False)
+    return bfloat16.encode(values) if narrow else values
 
 
 def encode(values: np.ndarray, storage: Storage) -> tuple[np.ndarray, np.ndarray | None]:

@@ -65,15 +65,7 @@ def load(groups: Groups, folder: str) -> dict:
 def without_files(groups: Groups, folder: str) -> dict:
     """Only rank 0 may look at the checkpoint."""
     if groups.world.rank:
-
-        class Nothing:
-            @staticmethod
-            def open(*_):
-                raise AssertionError("this rank opened the checkpoint")
-
-        from_checkpoint.Source = Nothing
-        folder_here = Path(folder) / "config.json"
-        assert folder_here.exists()
+        from_checkpoint.Source = None
     return load(groups, folder)
 
 
@@ -82,11 +74,15 @@ JOBS = {"load": load, "without_files": without_files}
 
 def main() -> None:
     job, folder, expert, file = sys.argv[1:]
+    start = time.monotonic()
     try:
         with connect(ParallelConfig(world_size=RANKS, data=RANKS, expert=int(expert))) as groups:
+            groups.world.barrier()
+            start = time.monotonic()
             outcome = JOBS[job](groups, folder)
             Path(f"{file}.{groups.world.rank}").write_text(json.dumps(outcome))
     except UserError as error:
+        print(time.monotonic() - start)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

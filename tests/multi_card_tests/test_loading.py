@@ -68,7 +68,7 @@ def test_what_one_rank_finds_stops_all(tmp_path, name, where, said):
         _corrupt(Source.open(folder, config).stored[name], b"\xff" if name.endswith("scale") else b"\x80\x7f")
     ended = run_ranks(2, "load", folder, 2, tmp_path / "outcome", script="loading_jobs.py")
     for rank in ended:
-        assert rank.code == 2 and rank.seconds < 60
+        assert rank.code == 2 and float(rank.output.splitlines()[-1]) < 20  # seconds after the ranks had met
         assert said in only_error(rank.errors)
 
 

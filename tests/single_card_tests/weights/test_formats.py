@@ -97,3 +97,20 @@ def test_zeros_stay_zeros():
 def test_bfloat16_rounds_to_even():
     values = np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8, 2.0**-133], np.float32)
     assert bfloat16.decode(bfloat16.encode(values)).tolist() == [1, 1, 1 + 2**-6, 1 + 2**-7, -1, 2.0**-133]
+
+
+def test_tables_give_the_bits_of_products():
+    """Every code with every scale, in float32 and rounded to bfloat16; one wrong entry would show."""
+    scales, codes = np.arange(255, dtype=np.uint8), np.tile(np.arange(256, dtype=np.uint8), (255 * 128, 1))
+    with np.errstate(over="ignore"):
+        expected = np.repeat(fp8.E4M3[None] * fp8.E8M0[:255, None], 128, 0)
+        pairs = (mxfp4.PAIRS[None] * fp8.E8M0[:255, None, None]).reshape(255, 512)
+    blocks = np.repeat(scales[:, None], 2, 1)
+    wide, narrow = (fp8.dequantize(codes, blocks, narrow=n) for n in (False, True))
+    assert_same(wide, expected)
+    number = ~np.isnan(expected)
+    assert_same(narrow[number], bfloat16.encode(expected[number]))
+    assert np.isnan(bfloat16.decode(narrow[~number])).all()
+    packed, per_block = codes[:255].view(np.int8), np.repeat(scales[:, None], 16, 1)
+    assert_same(mxfp4.dequantize(packed, per_block), pairs)
+    assert_same(mxfp4.dequantize(packed, per_block, narrow=True), bfloat16.encode(pairs))
