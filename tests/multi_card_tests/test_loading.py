@@ -9,7 +9,7 @@ from ranks import ROOT, run_ranks
 
 sys.path.append(str(ROOT / "tests" / "single_card_tests" / "weights"))
 
-from checkpoints import released, small_config, write_checkpoint  # noqa: E402
+from generated import released, small_config, write_checkpoint  # noqa: E402
 from loading_jobs import alone  # noqa: E402
 from test_failures import only_error  # noqa: E402
 
