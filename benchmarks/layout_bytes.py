@@ -15,7 +15,7 @@ from math import comb, prod
 from paddledsv4.weights.shards import on_slices, split_of
 
 from paddledsv4.config import ModelConfig, ParallelConfig
-from paddledsv4.weights.names import expert_index
+from paddledsv4.weights.names import BUFFERS, expert_index
 
 Shapes = Mapping[str, Iterable[int]]
 
@@ -67,6 +67,8 @@ def _gradients(job: Job) -> dict[str, float]:
     layout, found = job.parallel, {"replicas": 0.0, "expert_data": 0.0}
     for name, shape in job.shapes.items():
         size = 4.0 * prod(shape)
+        if name.endswith(BUFFERS):
+            continue
         if expert_index(name) is not None and layout.expert > 1:
             copies = layout.world_size / layout.expert
             found["expert_data"] += 2 * (copies - 1) * size  # groups together hold every expert once
@@ -102,7 +104,9 @@ def _tensor(job: Job) -> float:
     if job.parallel.sequence_parallel:  # attention gathers what is at rest; gradients of what was sliced are summed
         sequence = (t - 1) * len(job.ratios) * job.tokens * model.hidden_size * job.activation
         replicas = job.parallel.data * job.parallel.context
-        sequence += 2 * (t - 1) * replicas * 4.0 * sum(prod(s) for name, s in job.shapes.items() if on_slices(name))
+        sequence += 2 * (t - 1) * replicas * 4.0 * sum(
+            prod(s) for name, s in job.shapes.items() if on_slices(name) and not name.endswith(BUFFERS)
+        )
     return 2 * (t - 1) * job.tokens * (wide * job.activation + small * 4) + sequence
 
 

@@ -69,11 +69,17 @@ def _load(part: Iterable[tuple[str, Tensor]], reader: _Reader | None, group: Gro
                 reader.fill(name, tensor)
             except UserError as error:
                 problem = str(error)
-        failed = group.broadcast_(paddle.full([1], problem is not None, "int32"))
-        if failed.tolist() != [0]:
+        if _any(problem is not None, group):
             return problem or f"tensor {name} could not be read"
         group.broadcast_(tensor.detach())  # shares its memory
     return None
+
+
+def _any(failed: bool, group: Group) -> bool:
+    """Whether the reading member failed, on every member."""
+    if group.size == 1:
+        return failed
+    return group.broadcast_(paddle.full([1], failed, "int32")).tolist() != [0]
 
 
 class _Reader:
