@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import comb, prod
 
-from paddledsv4.weights.shards import on_slices, split_of
-
 from paddledsv4.config import ModelConfig, ParallelConfig
 from paddledsv4.weights.names import BUFFERS, expert_index
+from paddledsv4.weights.shards import on_slices, split_of
 
 Shapes = Mapping[str, Iterable[int]]
 
@@ -70,7 +69,7 @@ def _gradients(job: Job) -> dict[str, float]:
         if name.endswith(BUFFERS):
             continue
         if expert_index(name) is not None and layout.expert > 1:
-            copies = layout.world_size / layout.expert
+            copies = layout.world_size / (layout.expert * layout.expert_tensor_size)
             found["expert_data"] += 2 * (copies - 1) * size  # groups together hold every expert once
         else:
             groups = 1 if split_of(name) else layout.tensor
@@ -79,9 +78,10 @@ def _gradients(job: Job) -> dict[str, float]:
 
 
 def _expert(job: Job) -> float:
-    """One row per token and chosen expert elsewhere, there and back, forward and backward, with its probability."""
+    """One row per token and chosen expert elsewhere, there and back, forward and backward, with its probability; for
+    every rank that holds a part of the expert."""
     model, p = job.model, job.parallel.expert
-    row = 4 * model.hidden_size * job.activation + 2 * 4
+    row = (4 * model.hidden_size * job.activation + 2 * 4) * job.parallel.expert_tensor_size
     return len(job.ratios) * job.tokens * model.num_experts_per_tok * (p - 1) / p * row
 
 
@@ -91,7 +91,8 @@ def _expert_least(job: Job) -> float:
     model, p = job.model, job.parallel.expert
     experts, k = model.n_routed_experts, model.num_experts_per_tok
     hit = 1 - comb(experts - experts // p, k) / comb(experts, k)
-    return len(job.ratios) * job.tokens * (p - 1) * hit * 4 * model.hidden_size * job.activation
+    rows = job.tokens * (p - 1) * hit * job.parallel.expert_tensor_size
+    return len(job.ratios) * rows * 4 * model.hidden_size * job.activation
 
 
 def _tensor(job: Job) -> float:

@@ -43,23 +43,23 @@ DEFAULT = "dp1,dp2,ep2,tp2,tp2-sp,cp2,dp4,ep4,ep2-tp2,ep2-cp2"
 
 
 def layout(text: str) -> ParallelConfig:
-    """``ep2-tp2-sp`` -> data 2, expert 2, tensor 2, sequence parallel.
+    """``ep2-tp2-sp`` -> data 2, expert 2, tensor 2, sequence parallel. ``et1``: experts are not split.
 
     Raises:
-        UserError: a part that is none of dpN, epN, tpN, cpN and sp.
+        UserError: a part that is none of dpN, epN, tpN, etN, cpN and sp.
     """
-    sizes, sequence_parallel = {"dp": 0, "ep": 1, "tp": 1, "cp": 1}, False
+    sizes, sequence_parallel = {"dp": 0, "ep": 1, "tp": 1, "cp": 1, "et": 0}, False
     for part in text.split("-"):
         if part == "sp":
             sequence_parallel = True
-        elif (found := re.fullmatch(r"(dp|ep|tp|cp)(\d+)", part)) and int(found[2]):
+        elif (found := re.fullmatch(r"(dp|ep|tp|cp|et)(\d+)", part)) and int(found[2]):
             sizes[found[1]] = int(found[2])
         else:
-            raise UserError(f"layout {text!r}: {part!r} is none of dpN, epN, tpN, cpN and sp")
+            raise UserError(f"layout {text!r}: {part!r} is none of dpN, epN, tpN, etN, cpN and sp")
     data = sizes["dp"] or sizes["ep"]
     return ParallelConfig(
         world_size=data * sizes["tp"] * sizes["cp"], data=data, expert=sizes["ep"], tensor=sizes["tp"],
-        context=sizes["cp"], sequence_parallel=sequence_parallel,
+        context=sizes["cp"], expert_tensor=sizes["et"] or None, sequence_parallel=sequence_parallel,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def measure(bundle: str, parallel: ParallelConfig, steps: int) -> dict:
 
 
 def main(
-    layouts: Annotated[str, typer.Option(help="With commas; each is dpN, epN, tpN, cpN, sp joined by -.")] = DEFAULT,
+    layouts: Annotated[str, typer.Option(help="With commas; each of dpN, epN, tpN, etN, cpN, sp joined by -")] = DEFAULT,
     bundle: Annotated[str, typer.Option(help="Bundle whose model, weights and tokens are used.")] = "tiny-fp32",
     steps: Annotated[int, typer.Option(min=1, help="Steps measured, after one that is not.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
