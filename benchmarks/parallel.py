@@ -77,7 +77,7 @@ def measure(bundle: str, parallel: ParallelConfig, steps: int) -> dict:
 
 
 def main(
-    layouts: Annotated[str, typer.Option(help="With commas; each of dpN, epN, tpN, etN, cpN, sp joined by -")] = DEFAULT,
+    layouts: Annotated[str, typer.Option(help="With commas; of dpN, epN, tpN, etN, cpN, sp joined by -")] = DEFAULT,
     bundle: Annotated[str, typer.Option(help="Bundle whose model, weights and tokens are used.")] = "tiny-fp32",
     steps: Annotated[int, typer.Option(min=1, help="Steps measured, after one that is not.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,

@@ -15,7 +15,7 @@ import typer
 
 from benchmarks.layout_bytes import Job, least, sent
 from benchmarks.parallel import layout
-from paddledsv4.config import load_model_config
+from paddledsv4.config import ModelConfig
 from paddledsv4.info import model_info
 from paddledsv4.weights.names import tensors
 
@@ -37,7 +37,7 @@ def main(
     rate: Annotated[float, typer.Option(help="TFLOP/s of a card, of matrix products in the model.")] = 400.0,
 ) -> None:
     """A Markdown table of bytes and seconds per card and step."""
-    model = load_model_config(config)
+    model = ModelConfig.from_file(config)
     shapes = {name: tensor.shape for name, tensor in tensors(model, "paddledsv4").items()}
     active = model_info(model).activated_parameters
     print("| layout | cards | group | GB per card and step | least | seconds | compute, seconds |")
