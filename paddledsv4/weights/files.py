@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,10 +141,11 @@ def _indexed(folder: Path) -> dict[str, Stored]:
 
 
 class Files:
-    """Open files to read pieces of tensors from."""
+    """Open files to read pieces of tensors from, by several threads if need be."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def read(self, stored: Stored) -> np.ndarray:
         """The bytes in a new array of the stored shape."""
@@ -161,8 +163,9 @@ class Files:
             return
         view, done = memoryview(out.reshape(-1)).cast("B"), 0
         try:
-            if stored.file not in self._open:
-                self._open[stored.file] = os.open(stored.file, os.O_RDONLY)
+            with self._opening:
+                if stored.file not in self._open:
+                    self._open[stored.file] = os.open(stored.file, os.O_RDONLY)
             while done < stored.size:
                 count = os.preadv(self._open[stored.file], [view[done:]], stored.offset + done)
                 if not count:

@@ -9,7 +9,10 @@ and what goes wrong on one rank is an error on all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +25,11 @@ from paddledsv4.errors import UserError
 from paddledsv4.model import DeepseekV4Model
 from paddledsv4.weights import storage
 from paddledsv4.weights.load import named_tensors
-from paddledsv4.weights.names import expert_index, tensors
+from paddledsv4.weights.names import Atom, expert_index, tensors
 from paddledsv4.weights.shards import shares_of, split_of
 from paddledsv4.weights.source import Source
 
+THREADS = min(4, os.cpu_count() or 1)  # that read and unpack; numpy lets them run side by side
 # Paddle's dtype -> safetensors' name of it, and the integer dtype of as many bits, which numpy can be lent
 DTYPES = {
     paddle.float64: ("F64", "int64"), paddle.float32: ("F32", "int32"), paddle.bfloat16: ("BF16", "int16"),
@@ -62,17 +66,31 @@ def load_checkpoint(model: DeepseekV4Model, path: Path, groups: Groups = ALONE) 
 
 def _load(part: Iterable[tuple[str, Tensor]], reader: _Reader | None, group: Group) -> str | None:
     """Fill these tensors on all members of the group; returns what went wrong, of which every member hears."""
-    for name, tensor in part:
-        problem = None
-        if group.rank == 0:
+    with ThreadPoolExecutor(THREADS, "weights") as threads:
+        tensors = _ahead(part, reader, threads) if group.rank == 0 else ((*item, None) for item in part)
+        for name, tensor, filled in tensors:
+            problem = None
             try:
-                reader.fill(name, tensor)
+                if filled:
+                    filled()
             except UserError as error:
                 problem = str(error)
-        if _any(problem is not None, group):
-            return problem or f"tensor {name} could not be read"
-        group.broadcast_(tensor.detach())  # shares its memory
+            if _any(problem is not None, group):
+                return problem or f"tensor {name} could not be read"
+            group.broadcast_(tensor.detach())  # shares its memory
     return None
+
+
+def _ahead(
+    part: Iterable[tuple[str, Tensor]], reader: _Reader, threads: Executor
+) -> Iterator[tuple[str, Tensor, Callable[[], None]]]:
+    """Every tensor with what ends its filling, the next ones being read meanwhile."""
+    begun: deque[tuple[str, Tensor, Callable[[], None]]] = deque()
+    for name, tensor in part:
+        begun.append((name, tensor, reader.fill(name, tensor, threads)))
+        if len(begun) > THREADS:
+            yield begun.popleft()
+    yield from begun
 
 
 def _any(failed: bool, group: Group) -> bool:
@@ -88,24 +106,33 @@ class _Reader:
     def __init__(self, source: Source, model: DeepseekV4Model, groups: Groups):
         self.source, self.table, self.groups = source, tensors(model.config, "paddledsv4"), groups
 
-    def fill(self, name: str, tensor: Tensor) -> None:
-        """Read the atoms of a tensor into its memory; of one that tensor ranks share out, its share of all of them."""
+    def fill(self, name: str, tensor: Tensor, threads: Executor) -> Callable[[], None]:
+        """Begin to read a tensor into its memory; of one that tensor ranks share out, its share. The result waits for
+        the end and raises what went wrong."""
         dtype, shares = DTYPES[tensor.dtype][0], shares_of(name, self.groups)
         split = split_of(name) if shares.size > 1 else None
-        atoms, shape = self.table[name].atoms, self.table[name].shape
-        memory = None if split else _memory(tensor)
+        shape, memory = self.table[name].shape, None if split else _memory(tensor)
         lent = memory if memory is not None else np.empty(math.prod(shape), storage.NUMPY[dtype])
-        for atom, piece in zip(atoms, lent.view(storage.NUMPY[dtype]).reshape(len(atoms), -1), strict=True):
-            kept = self.source.storage(atom)
-            if kept.weight == dtype:
-                self.source.read_into(self.source.weight(atom, kept), piece)
-                continue
-            piece[:] = self.source.values(atom, narrow=dtype == "BF16").reshape(-1)
-        if memory is None:
+        reading = threads.submit(self._read, self.table[name].atoms, lent.view(storage.NUMPY[dtype]), dtype)
+
+        def end() -> None:
+            reading.result()
+            if memory is not None:
+                return
             array = lent.reshape(shape)
             if split:
                 array = np.ascontiguousarray(split.shard(array, shares.rank, shares.size))
             tensor.set_value(paddle.to_tensor(array.view("<i2")).view("bfloat16") if dtype == "BF16" else array)
+
+        return end
+
+    def _read(self, atoms: Sequence[Atom], out: np.ndarray, dtype: str) -> None:
+        for atom, piece in zip(atoms, out.reshape(len(atoms), -1), strict=True):
+            kept = self.source.storage(atom)
+            if kept.weight == dtype:
+                self.source.read_into(self.source.weight(atom, kept), piece)
+            else:
+                piece[:] = self.source.values(atom, narrow=dtype == "BF16").reshape(-1)
 
 
 def _memory(tensor: Tensor) -> np.ndarray | None:
