@@ -1,35 +1,41 @@
 """The balance loss of whole sequences (spec 9.3), of which a rank may have a slice only.
 
-The layer is given one of these when it is built. Both: logits [s*b, E] -> loss [1].
+The layer is given one of these when it is built. Both: logits [s, b, E] -> loss [1].
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
 
-from paddledsv4.distributed.context_parallel import SequenceSlice
-from paddledsv4.transformer.build import Build
+from paddledsv4.transformer.build import Build, ForwardContext
 
 
-def sequence_loss(build: Build) -> Callable[[Tensor, int, float, SequenceSlice], Tensor]:
+def sequence_loss(build: Build) -> Callable[[Tensor, float, ForwardContext], Tensor]:
     """The loss for the context group of this build."""
     kind = WholeSequenceLoss if build.groups.context.size == 1 else SliceLoss
     return kind(build.ops, build.config.num_experts_per_tok)
 
 
 class WholeSequenceLoss:
-    """The op: all tokens are here."""
+    """The op: all tokens are here. Of a packed sequence every document is one of its own."""
 
     def __init__(self, ops, topk: int):
         self.ops, self.topk = ops, topk
 
-    def __call__(self, logits: Tensor, sequences: int, coeff: float, sequence: SequenceSlice) -> Tensor:
-        """logits [s*b, E], b = ``sequences`` -> loss [1]."""
-        return self.ops.sequence_aux_loss(logits, sequences, self.topk, coeff)
+    def __call__(self, logits: Tensor, coeff: float, context: ForwardContext) -> Tensor:
+        """logits [s, b, E] -> loss [1]."""
+        parts = zip(context.documents.parts(context.sequence), context.documents.apart(logits), strict=True)
+        losses = (
+            self.ops.sequence_aux_loss(x.reshape([-1, x.shape[2]]), x.shape[1], self.topk, coeff * part.share)
+            for part, x in parts
+        )
+        return functools.reduce(operator.add, losses)
 
 
 class SliceLoss(WholeSequenceLoss):
@@ -39,8 +45,11 @@ class SliceLoss(WholeSequenceLoss):
     of slices more.
     """
 
-    def __call__(self, logits: Tensor, sequences: int, coeff: float, sequence: SequenceSlice) -> Tensor:
+    def __call__(self, logits: Tensor, coeff: float, context: ForwardContext) -> Tensor:
         """As :class:`WholeSequenceLoss`, of the tokens of this slice."""
+        [part] = context.documents.parts(context.sequence)
+        sequences, sequence = logits.shape[1], part.sequence
+        logits = logits.reshape([-1, logits.shape[2]])
         elsewhere = sequence.elsewhere(self._counts(logits, sequences))
         return self.ops.sequence_aux_loss(logits, sequences, self.topk, coeff, elsewhere, slices=sequence.ranks)
 

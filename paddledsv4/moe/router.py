@@ -33,7 +33,7 @@ class Router(nn.Layer):
         probs, routing_map = self.ops.router_probs(scores, index, self.scaling, self.normalise)
         losses = context.losses
         if losses.sequence_coeff:
-            loss = self.sequence_loss(logits, x.shape[1], losses.sequence_coeff, context.sequence)
+            loss = self.sequence_loss(logits.reshape([*x.shape[:2], -1]), losses.sequence_coeff, context)
             probs = self.ops.attach_loss(probs, loss, losses.seed * context.sequence.ranks)
         return probs, routing_map
 

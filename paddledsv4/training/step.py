@@ -17,6 +17,7 @@ from paddledsv4.model import DeepseekV4Model
 from paddledsv4.moe.router import LearnedRouter
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.transformer.build import AuxiliaryLosses
+from paddledsv4.transformer.documents import WHOLE_ROWS, WholeRows
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def auxiliary_losses(train: TrainConfig) -> AuxiliaryLosses:
 
 
 def microbatch_gradients(
-    model: DeepseekV4Model, auxiliary: AuxiliaryLosses, inputs: Tensor, labels: Tensor, loss_mask: Tensor
+    model: DeepseekV4Model, auxiliary: AuxiliaryLosses, inputs: Tensor, labels: Tensor, loss_mask: Tensor,
+    documents: WholeRows = WHOLE_ROWS,
 ) -> tuple[Tensor, Tensor | None]:
     """Forward and backward of one microbatch. Adds to every parameter's ``grad``; returns the mean losses.
 
@@ -66,7 +68,7 @@ def microbatch_gradients(
     mean over this rank's own tokens times what it weighs in the whole: averaged over the ranks, losses and gradients
     are those of the whole sequence.
     """
-    losses = model.losses(inputs, labels, loss_mask, auxiliary)
+    losses = model.losses(inputs, labels, loss_mask, auxiliary, documents)
     sequence = SequenceSlice(model.context_group, inputs.shape[1])
 
     def mean(loss: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, Tensor]:
