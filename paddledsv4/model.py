@@ -8,8 +8,8 @@ from paddle import Tensor, nn
 
 from paddledsv4.config import ModelConfig
 from paddledsv4.distributed.group import ALONE, Groups
+from paddledsv4.fusions.head_loss import head_loss
 from paddledsv4.numerics.policy import Policy
-from paddledsv4.tensor_parallel.cross_entropy import cross_entropy
 from paddledsv4.tensor_parallel.layers import ColumnParallelLinear, embedding
 from paddledsv4.transformer.block import TransformerBlock
 from paddledsv4.transformer.build import AuxiliaryLosses, Build, ForwardContext
@@ -30,11 +30,14 @@ class Losses:
 
 
 class DeepseekV4Model(nn.Layer):
-    """The whole model. Activations are sequence-first [s, b, ...], tokens and losses [b, s]."""
+    """The whole model. Activations are sequence-first [s, b, ...], tokens and losses [b, s].
+
+    ``linear_cross_entropy``: the losses without logits (:mod:`paddledsv4.fusions`).
+    """
 
     def __init__(
         self, config: ModelConfig, policy: Policy, precision: str = "fp32", groups: Groups = ALONE,
-        sequence_parallel: bool = False,
+        sequence_parallel: bool = False, linear_cross_entropy: bool = False,
     ):
         super().__init__()
         self.config, self.policy = config, policy
@@ -46,7 +49,7 @@ class DeepseekV4Model(nn.Layer):
         self.output_layer = ColumnParallelLinear(
             build.at("output_layer"), config.hidden_size, config.vocab_size, self.tensor.group
         )
-        self.cross_entropy = cross_entropy(build)
+        self.token_losses = head_loss(build, self.output_layer, linear_cross_entropy)
         policy.check_layers(path for path, layer in self.named_sublayers() if hasattr(layer, "ops"))
 
     def forward(
@@ -79,10 +82,6 @@ class DeepseekV4Model(nn.Layer):
             mtp.append(self.token_losses(ahead, mtp_heads[depth], targets))
             masks.append(mask)
         return Losses(self.token_losses(hidden, head, labels), loss_mask, mtp, masks)
-
-    def token_losses(self, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        """hidden [s, b, C] at rest, head [V, C], labels [b, s] -> losses [b, s]."""
-        return self.cross_entropy(self.output_layer(self.tensor.enter(hidden), head), labels)
 
     def learned_routers(self) -> list:
         """Routers whose bias is updated after every step."""

@@ -71,7 +71,9 @@ class Trainer:
                 f"tensor x context ({slices}) must divide training.sequence_length ({train.sequence_length})",
             )
         with unset_parameters() if weights else contextlib.nullcontext():
-            self.model = DeepseekV4Model(model, policy, precision, groups, sequence_parallel)
+            self.model = DeepseekV4Model(
+                model, policy, precision, groups, sequence_parallel, train.linear_cross_entropy
+            )
         if weights:
             load_checkpoint(self.model, weights, groups)
         if initial_state is not None:
