@@ -125,6 +125,15 @@ class PackedDocuments(WholeRows):
         return paddle.gather(rows, self.inverse).reshape([self.length, self.rows, *rest])
 
 
+def documents_of(cu_seqlens: Sequence[np.ndarray] | None) -> WholeRows:
+    """Where documents begin in a batch; None: each row is one.
+
+    Raises:
+        UserError: as :class:`PackedDocuments`.
+    """
+    return WHOLE_ROWS if cu_seqlens is None else PackedDocuments(cu_seqlens)
+
+
 @differentiable
 def _apart(x: Tensor, documents: PackedDocuments):
     return documents._cut(x), lambda *gradients: (documents._join(gradients),)
