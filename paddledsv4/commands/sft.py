@@ -26,7 +26,7 @@ EXAMPLES = """[bold]Examples[/bold]
 
 def sft(
     config: Annotated[Path, typer.Option(help="A yaml recipe with model, training and data sections.")],
-    data: Annotated[Path | None, typer.Option(help="Conversations (.jsonl, .parquet), instead of the recipe's.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A file of conversations, instead of the recipe's.")] = None,
     steps: Steps = None,
     out: Out = None,
     numerics: Numerics = None,
