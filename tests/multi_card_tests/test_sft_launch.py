@@ -47,6 +47,24 @@ def test_ranks_with_fewer_rows_evaluate_with_the_others(tmp_path):
     assert step["evaluation"] == pytest.approx(evaluate(alone, held), rel=1e-4)
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_packed_documents_on_tensor_ranks(tmp_path, sequence_parallel):
+    layout = {"parallel": {"world_size": 2, "tensor": 2, "sequence_parallel": sequence_parallel}}
+    recipe = SftRecipe.from_file(sft_recipe(tmp_path, **layout))
+    train, held, _ = sources(recipe)
+    done = launch(tmp_path, "--steps", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = Trainer(recipe.model, recipe.training, Policy.preset("paddle"), train)
+    losses = [(m.main, m.mtp) for result in alone.train(2) for m in result.losses]
+    steps = read_log(tmp_path / "out" / "train.jsonl")[1]
+    assert [(m["main"], m["mtp"]) for s in steps for m in s["microbatches"]] == [
+        pytest.approx(pair, rel=1e-4) for pair in losses
+    ]
+    assert steps[-1]["evaluation"] == pytest.approx(evaluate(alone, held), rel=1e-4)
+    saved = Trainer(recipe.model, recipe.training, Policy.preset("paddle"), train, weights=tmp_path / "out" / "weights")
+    assert evaluate(saved, held) == pytest.approx(evaluate(alone, held), rel=1e-4)
+
+
 BROKEN = """
 from paddledsv4.host import prepare_host
 prepare_host()
