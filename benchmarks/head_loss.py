@@ -22,6 +22,7 @@ def measure(kind: str, tokens: int, width: int) -> dict[str, float]:
     from paddledsv4.fusions.linear_cross_entropy import linear_cross_entropy
     from paddledsv4.numerics.registry import load_all
 
+    paddle.seed(0)
     ops = load_all()
     hidden, weight = paddle.randn([tokens, 1, width]), paddle.randn([VOCABULARY, width]) * 0.1
     labels = paddle.randint(0, VOCABULARY, [1, tokens])

@@ -69,6 +69,9 @@ class SftRecipe(BaseRecipe):
             self.conversations.reject("max_tokens", f"must be at most training.sequence_length ({length})")
         if self.parallel.context > 1:
             self.parallel.reject("context", "must be 1: packed documents are not cut over ranks")
+        slices = self.parallel.tensor if self.parallel.sequence_parallel else 1
+        if self.data.multiple % slices:
+            self.data.reject("multiple", f"must be divisible by parallel.tensor ({slices}) with sequence_parallel")
         if self.export and self.parallel.expert > 1:
             self.reject("export", "must be false with parallel.expert > 1, where no rank has all experts")
         return self

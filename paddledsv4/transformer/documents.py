@@ -108,8 +108,7 @@ class PackedDocuments(WholeRows):
         return _together(*parts, documents=self)
 
     def roll_left(self, x: Tensor, sequence: SequenceSlice) -> Tensor:
-        rolled = sequence.roll_left(x)
-        return paddle.where(self.lasts, paddle.zeros_like(rolled), rolled)
+        return paddle.masked_fill(sequence.roll_left(x), self.lasts, 0)
 
     def _cut(self, x: Tensor) -> tuple[Tensor, ...]:
         """[s, b, ...] -> the parts."""

@@ -15,6 +15,7 @@ from paddledsv4.model import DeepseekV4Model
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.ops import compress, sparse_attention
 from paddledsv4.ops.attention_segments import Selected
+from paddledsv4.ops.precision import accumulate_dtype
 from paddledsv4.training.step import microbatch_gradients
 from paddledsv4.transformer.build import AuxiliaryLosses
 from paddledsv4.transformer.documents import WHOLE_ROWS, PackedDocuments, WholeRows
@@ -68,7 +69,7 @@ def packed(model, losses=LOSSES):
     """Token losses of main and MTP head, mean losses, gradients: all documents at once."""
     ids, labels, mask, bounds = batch()
     ids, labels = (paddle.to_tensor(x) for x in (ids, labels))
-    mask = paddle.to_tensor(mask, model.output_layer.weight.dtype)
+    mask = paddle.to_tensor(mask, accumulate_dtype(model.output_layer.weight.dtype))
     documents = PackedDocuments(bounds)
     with paddle.no_grad():
         tokens = model.losses(ids, labels, mask, losses, documents)
@@ -90,7 +91,7 @@ def alone(model, losses=LOSSES):
         for start, stop in zip(ends, ends[1:], strict=False):
             mine = row, slice(start, stop)
             one = [paddle.to_tensor(x[mine][None]) for x in (ids, labels)]
-            weight = paddle.to_tensor(mask[mine][None], model.output_layer.weight.dtype)
+            weight = paddle.to_tensor(mask[mine][None], accumulate_dtype(model.output_layer.weight.dtype))
             share = (stop - start) / total
             here = replace(losses, indexer_coeff=losses.indexer_coeff * share,
                            sequence_coeff=losses.sequence_coeff * share)
@@ -137,6 +138,15 @@ def test_in_float64_only_rounding_is_left():
 
 def test_the_dense_indexer_loss_too():
     assert worst(build("paddle", "fp64"), replace(LOSSES, indexer_sparse=False)) < 1e-12
+
+
+def test_in_bfloat16_the_losses_agree_to_its_rounding():
+    model = build("paddle", "bf16")
+    tokens, means, grads = packed(model)
+    (main, _), other_means, _ = alone(model)
+    assert error(tokens.main.astype("float32").numpy(), main) < 0.01
+    assert np.allclose(means, other_means, rtol=0.01)
+    assert len(grads) > 100
 
 
 def border_off_by_one(cu_seqlens):

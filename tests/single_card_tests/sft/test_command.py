@@ -126,6 +126,8 @@ def test_another_data_position_is_seen(finished, tmp_path):
         ({"data": {"evaluation": "rows.jsonl"}}, "held_out = 0.2: must be left out with data.evaluation"),
         ({"data": {"hold_out": 0.1}}, "hold_out is not a known key; did you mean held_out"),
         ({"parallel": {"world_size": 2, "context": 2}}, "parallel.context = 2: must be 1: packed documents"),
+        ({"parallel": {"world_size": 2, "tensor": 2, "sequence_parallel": True}, "data": {"multiple": 7}},
+         "data.multiple = 7: must be divisible by parallel.tensor"),
         ({"parallel": {"world_size": 2, "data": 2, "expert": 2}}, "export = True: must be false with parallel.expert"),
         ({"parallel": {"world_size": 2, "tensor": 2}, "training": {"linear_cross_entropy": True}}, "1 process was"),
     ],
@@ -151,6 +153,17 @@ def test_the_tokenizer_is_not_installed(tmp_path, capsys):
     with mock.patch.object(tokenizer, "find_spec", lambda name: None):
         assert run(recipe, "--out", tmp_path / "out") == 2
     assert 'DeepSeek\'s tokenizer is not installed: pip install "paddledsv4[sft]"' in capsys.readouterr().err
+
+
+def test_in_bfloat16_too(tmp_path):
+    recipe = sft_recipe(tmp_path, training={"precision": "bf16", "steps": 2})
+    assert run(recipe, "--out", tmp_path / "out") == 0
+    loaded = SftRecipe.from_file(sft_recipe(tmp_path, training={"precision": "bf16"}))
+    train, held, _ = sources(loaded)
+    again = Trainer(
+        loaded.model, loaded.training, Policy.preset("paddle"), train, weights=tmp_path / "out" / "weights"
+    )
+    assert evaluate(again, held) == records(tmp_path / "out")[-1]["evaluation"]
 
 
 def test_long_rows_are_left_out_when_asked(tmp_path, capsys):
