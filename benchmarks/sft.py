@@ -1,4 +1,5 @@
-"""Figures of supervised fine-tuning's data: tokens a second beside ``tokenizers`` alone, and how full sequences are.
+"""Figures of supervised fine-tuning: tokens a second beside ``tokenizers`` alone, how full sequences are, and what head
+and loss take with and without logits.
 
 The shipped sample, repeated, each copy with its number in every text but the system's. Both sides take turns in this
 process on the same texts and the same cores, and the fastest of each counts, since other load only adds.
@@ -25,6 +26,7 @@ from rich.console import Group
 from rich.table import Table
 
 import paddledsv4.sft
+from benchmarks import head_loss
 from benchmarks.tell import run, tell
 from paddledsv4.sft.dataset import Document, read_documents
 from paddledsv4.sft.packing import efficiency, packed_batches
@@ -96,6 +98,7 @@ def main(
     copies: Annotated[int, typer.Option(min=1, help="How often the sample is repeated for the rate.")] = 25,
     workers: Annotated[int, typer.Option(min=0, help="Processes that tokenise; 0: threads of this one.")] = 0,
     repeat: Annotated[int, typer.Option(min=1, help="Turns; the fastest counts.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the measured loss.")] = 512,
     out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +114,14 @@ def main(
     for row in packed:
         shown = f"{row['efficiency']:.1%}", f"{row['efficiency_at_full_length']:.1%}", f"{row['seconds']:.3f}"
         rooms.add_row(str(row["sequence_length"]), str(row["sequences"]), *shown)
-    tell(Group(table, rooms), [rate, *packed], out)
+    heads = head_loss.figures(tokens, 64)
+    logits = heads[0]["logits_bytes"]
+    losses = Table("", "peak MB", "logits", "seconds", "loss", title=f"Loss of {tokens} tokens, vocabulary 129,280")
+    for row in heads:
+        peak = row["peak_bytes"]
+        shown = f"{peak / 1e6:,.0f}", f"{peak / logits:.2f}", f"{row['seconds']:.1f}", f"{row['loss']:.5f}"
+        losses.add_row(row["kind"], *shown)
+    tell(Group(table, rooms, losses), [rate, *packed, *heads], out)
 
 
 if __name__ == "__main__":

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from paddledsv4.commands import convert
+from paddledsv4.commands import convert, sft
+from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
+from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle, train_and_log
 from paddledsv4.config import ModelConfig, Recipe
 from paddledsv4.errors import UserError
 from paddledsv4.info import ACTIVATION_FORMULA, BFLOAT16, FLOAT32, ModelInfo, model_info
 from paddledsv4.numerics.options import LayerOps, Ops
 from paddledsv4.numerics.rules import Overrides
 from paddledsv4.numerics.settings import with_environment
-
-if TYPE_CHECKING:
-    from paddledsv4.training.runlog import RunLog
-    from paddledsv4.training.step import StepResult
-    from paddledsv4.training.trainer import Trainer
 
 # Paddle is imported inside the commands that compute: `info` and every --help answer without it.
 
@@ -38,10 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-Numerics = Annotated[
-    str | None,
-    typer.Option(help="Numerics preset; wins over the recipe, which wins over PADDLEDSV4_NUMERICS."),
-]
 
 TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
@@ -71,24 +61,20 @@ INFO_EXAMPLES = """[bold]Examples[/bold]
 @app.command(epilog=TRAIN_EXAMPLES)
 def train(
     config: Annotated[Path, typer.Option(help="A yaml recipe with model, training and data sections.")],
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for train.jsonl and loss.png.")] = None,
+    steps: Steps = None,
+    out: Out = None,
     numerics: Numerics = None,
     op: Ops = None,
     layer_op: LayerOps = None,
-    save: Annotated[str | None, typer.Option(help="Folder for checkpoints; see also the next four.")] = None,
-    save_interval: Annotated[int | None, typer.Option(min=1, help="Save every so many steps, and at the end.")] = None,
+    save: Save = None,
+    save_interval: SaveInterval = None,
     save_retain_interval: Annotated[
         int | None, typer.Option(min=1, help="Delete older checkpoints unless their step is a multiple of this.")
     ] = None,
     warmup_save: Annotated[bool | None, typer.Option(help="Also save after the first step.")] = None,
     async_save: Annotated[bool | None, typer.Option(help="Write while training goes on.")] = None,
-    resume: Annotated[
-        str | None, typer.Option(help="A checkpoint, a folder of them (its latest), or auto: from --save if it can.")
-    ] = None,
-    force: Annotated[bool, typer.Option(help="Resume although configuration or numerics differ.")] = False,
+    resume: Resume = None,
+    force: Force = False,
 ) -> None:
     """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well.
 
@@ -104,23 +90,18 @@ def train(
         raise UserError(f"{config}: {error}") from None
     training = with_environment(training)
     training = training.replace(steps=steps) if steps else training
-    options = {
-        "dir": save, "save_interval": save_interval, "save_retain_interval": save_retain_interval,
-        "warmup_save": warmup_save, "asynchronous": async_save,
-    }  # fmt: skip
-    saving = recipe.checkpoint.replace(**{name: value for name, value in options.items() if value is not None})
-    if resume == "auto" and saving.dir is None:
-        raise UserError("--resume auto needs a folder to look in: --save, or checkpoint.dir in the recipe")
+    saving = choose_checkpoints(
+        recipe, resume, dir=save, save_interval=save_interval, save_retain_interval=save_retain_interval,
+        warmup_save=warmup_save, asynchronous=async_save,
+    )
     tokens = load_tokens(data.tokens, training.sequence_length, recipe.model.vocab_size)
 
-    _prepare_paddle()
+    prepare_paddle()
     from paddledsv4.distributed.connect import connect
-    from paddledsv4.numerics.policy import Policy
     from paddledsv4.training.checkpoint.run import checkpointing
     from paddledsv4.training.trainer import Trainer
 
-    preset, overrides = (numerics, Overrides()) if numerics else recipe.numerics_choice()
-    policy = Policy.from_env(preset, overrides.then(given))
+    policy = choose_policy(recipe, numerics, given)
     with connect(recipe.parallel) as groups:
         trainer = Trainer(
             recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups,
@@ -128,62 +109,12 @@ def train(
         )
         with checkpointing(trainer, saving, resume, force) as (results, notes):
             if groups.world.rank == 0:
-                _train_and_log(trainer, results, notes, recipe, out or Path(recipe.output))
+                train_and_log(trainer, results, notes, recipe, out or Path(recipe.output))
             else:
                 deque(results, maxlen=0)
 
 
-def _train_and_log(
-    trainer: Trainer, results: Iterator[StepResult], notes: list[str], recipe: Recipe, folder: Path
-) -> None:
-    """Rank 0 speaks for all ranks."""
-    from paddledsv4.training.runlog import RunLog
-
-    policy, training = trainer.policy, trainer.train_config
-    header = {"numerics": policy.name, "fingerprint": policy.fingerprint, "policy": policy.describe()}
-    for section, config in ("model", recipe.model), ("training", training), ("parallel", recipe.parallel):
-        header[section] = config.model_dump(mode="json")
-    log = RunLog(folder, header, trainer.optimizer.step_count or None)
-    console = Console()
-    ranks = f", {recipe.parallel.world_size} ranks" if recipe.parallel.world_size > 1 else ""
-    size = f"{model_info(recipe.model).parameters:,} parameters, {training.precision}{ranks}"
-    console.print(f"{size}, numerics {policy.name} ({policy.fingerprint})", highlight=False)
-    for note in notes:
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
-    try:
-        _steps(results, trainer.train_config.steps, log)
-    except KeyboardInterrupt:
-        console.print(f"stopped by Ctrl-C after step {trainer.optimizer.step_count}")
-        raise typer.Exit(130) from None
-    finally:
-        log.close()
-        if log.records:
-            _last_step(log, console)
-
-
-def _steps(results: Iterator[StepResult], steps: int, log: RunLog) -> None:
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("training", total=steps, loss="")
-        for result in results:
-            record = log.write(result)
-            progress.update(task, completed=result.step, loss=_losses(record))
-            if not (math.isfinite(float(record["main"])) and math.isfinite(float(record["grad_norm"]))):
-                numbers = f"{_losses(record)}  grad_norm {record['grad_norm']}"
-                raise UserError(f"step {result.step}: {numbers}: not finite, training stopped")
-
-
-def _losses(record: dict) -> str:
-    return "  ".join(f"{key} {float(record[key]):.4f}" for key in ("main", "mtp") if record[key] is not None)
-
-
-def _last_step(log: RunLog, console: Console) -> None:
-    last = log.records[-1]
-    speed = f"grad_norm {float(last['grad_norm']):.4f}  {last['tokens_per_second']:,} tokens/s"
-    console.print(f"step {last['step']}  {_losses(last)}  {speed}", highlight=False)
-    console.print(f"log {log.path}\ncurves {log.picture}", highlight=False, soft_wrap=True, markup=False)
-
-
+app.command(epilog=sft.EXAMPLES)(sft.sft)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
 
 
@@ -268,7 +199,7 @@ def numerics(
     if as_json + markdown + (write is not None) > 1:
         raise UserError("choose one of --json, --markdown and --write")
     given = Overrides.from_texts(op, layer_op)
-    _prepare_paddle()
+    prepare_paddle()
     from paddledsv4.numerics import table
     from paddledsv4.numerics.policy import Policy
 
@@ -284,14 +215,6 @@ def numerics(
         console.print(table.as_table(policy))
         for rule in policy.layers:
             console.print(f"in some layers: {rule}", highlight=False, markup=False)
-
-
-def _prepare_paddle() -> None:
-    """What must happen before Paddle is imported."""
-    from paddledsv4.host import prepare_host
-
-    prepare_host()
-    warnings.filterwarnings("ignore", message="No ccache found")  # said on import; nothing is compiled here
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,11 +8,13 @@ from paddle import Tensor, nn
 
 from paddledsv4.config import ModelConfig
 from paddledsv4.distributed.group import ALONE, Groups
+from paddledsv4.fusions.head_loss import head_loss
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.tensor_parallel.cross_entropy import cross_entropy
 from paddledsv4.tensor_parallel.layers import ColumnParallelLinear, embedding
 from paddledsv4.transformer.block import TransformerBlock
 from paddledsv4.transformer.build import AuxiliaryLosses, Build, ForwardContext
+from paddledsv4.transformer.documents import WHOLE_ROWS, WholeRows
 from paddledsv4.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
 DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16"}
@@ -29,11 +31,14 @@ class Losses:
 
 
 class DeepseekV4Model(nn.Layer):
-    """The whole model. Activations are sequence-first [s, b, ...], tokens and losses [b, s]."""
+    """The whole model. Activations are sequence-first [s, b, ...], tokens and losses [b, s].
+
+    ``linear_cross_entropy``: the losses without logits (:mod:`paddledsv4.fusions`).
+    """
 
     def __init__(
         self, config: ModelConfig, policy: Policy, precision: str = "fp32", groups: Groups = ALONE,
-        sequence_parallel: bool = False,
+        sequence_parallel: bool = False, linear_cross_entropy: bool = False,
     ):
         super().__init__()
         self.config, self.policy = config, policy
@@ -46,35 +51,39 @@ class DeepseekV4Model(nn.Layer):
         self.output_layer = ColumnParallelLinear(
             build.at("output_layer"), config.hidden_size, config.vocab_size, self.tensor.group
         )
+        self.token_losses = head_loss(build, self.ops, self.output_layer, linear_cross_entropy)
         policy.check_layers(path for path, layer in self.named_sublayers() if hasattr(layer, "ops"))
 
-    def forward(self, input_ids: Tensor, losses: AuxiliaryLosses | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, losses: AuxiliaryLosses | None = None, documents: WholeRows = WHOLE_ROWS
+    ) -> Tensor:
         """input_ids [b, s] int64 -> logits of the next token [s, b, V]."""
-        context = ForwardContext(input_ids, losses or AuxiliaryLosses(), self.context_group)
+        context = ForwardContext(input_ids, losses or AuxiliaryLosses(), self.context_group, documents)
         hidden, _ = self.decoder(self.embedding(input_ids), context)
         return self.tensor.join(self.output_layer(self.tensor.enter(hidden)))
 
-    def losses(self, input_ids: Tensor, labels: Tensor, loss_mask: Tensor, auxiliary: AuxiliaryLosses) -> Losses:
+    def losses(
+        self, input_ids: Tensor, labels: Tensor, loss_mask: Tensor, auxiliary: AuxiliaryLosses,
+        documents: WholeRows = WHOLE_ROWS,
+    ) -> Losses:
         """input_ids, labels, loss_mask [b, s] -> per-token losses.
 
-        MTP depth k predicts the token k places after the label: ids, labels and mask roll left once per depth.
+        MTP depth k predicts the token k places after the label: ids, labels and mask roll left once per depth, inside
+        each document.
         """
-        context, uses = ForwardContext(input_ids, auxiliary, self.context_group), 1 + len(self.mtp.layers)
+        context = ForwardContext(input_ids, auxiliary, self.context_group, documents)
+        uses = 1 + len(self.mtp.layers)
         table, *mtp_tables = self.ops.fan_out(self.embedding.word_embeddings.weight, uses)
         *mtp_heads, head = self.ops.fan_out(self.output_layer.weight, uses)
         hidden, streams = self.decoder(self.embedding(input_ids, table), context)
         mtp, masks = [], []
         ids, targets, mask = input_ids, labels, loss_mask
         for depth, layer in enumerate(self.mtp.layers):
-            ids, targets, mask = (context.sequence.roll_left(x) for x in (ids, targets, mask))
+            ids, targets, mask = (documents.roll_left(x, context.sequence) for x in (ids, targets, mask))
             ahead, streams = layer(streams, self.embedding(ids, mtp_tables[depth]), context)
             mtp.append(self.token_losses(ahead, mtp_heads[depth], targets))
             masks.append(mask)
         return Losses(self.token_losses(hidden, head, labels), loss_mask, mtp, masks)
-
-    def token_losses(self, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        """hidden [s, b, C] at rest, head [V, C], labels [b, s] -> losses [b, s]."""
-        return self.ops.cross_entropy(self.output_layer(self.tensor.enter(hidden), head), labels)
 
     def learned_routers(self) -> list:
         """Routers whose bias is updated after every step."""

@@ -1,4 +1,4 @@
-"""Recipe: one yaml file that says which model to train, how, on which tokens and with which numerics."""
+"""Recipe: one yaml file that says which model to train, how, on which data and with which numerics."""
 
 from __future__ import annotations
 
@@ -25,21 +25,19 @@ class DataConfig(StrictConfig):
     tokens: str
 
 
-class Recipe(StrictConfig):
-    """A training run as a file.
+class BaseRecipe(StrictConfig):
+    """A training run as a file, whatever its data are.
 
     ``model`` is a section or the path of a config.json; ``weights`` is a checkpoint to start from, of any format
-    that `paddledsv4 convert` knows, else weights are drawn. Paths in ``model``, ``weights`` and ``data.tokens`` are
+    that `paddledsv4 convert` knows, else weights are drawn. Paths in ``model``, ``weights`` and ``data`` are
     relative to the recipe, ``output`` and ``checkpoint.dir`` to the working directory. ``numerics`` is a preset's
     name, or a mapping of op to variant in which the key ``preset`` names the preset to start from, and ``layers``
-    maps globs over layers to such
-    mappings; left out, the environment decides.
+    maps globs over layers to such mappings; left out, the environment decides.
     """
 
     model: ModelConfig
     training: TrainConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
-    data: DataConfig | None = None
     weights: str | None = None
     numerics: Any = None
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -60,16 +58,13 @@ class Recipe(StrictConfig):
         path = Path(path)
         values: dict[str, Any] = read_mapping(path)
         values["model"] = ModelConfig.from_file(path)
-        recipe = cls.from_dict(values, where=str(path))
-        if recipe.weights is not None:
-            recipe = recipe.model_copy(update={"weights": str((path.parent / recipe.weights).resolve())})
-        if recipe.data is None:
-            return recipe
-        return recipe.replace_tokens(str((path.parent / recipe.data.tokens).resolve()))
+        return cls.from_dict(values, where=str(path)).located(path.parent)
 
-    def replace_tokens(self, tokens: str) -> Self:
-        """A copy that reads its tokens from another file."""
-        return self.model_copy(update={"data": DataConfig(tokens=tokens)})
+    def located(self, folder: Path) -> Self:
+        """A copy whose paths do not depend on the working directory; they are relative to ``folder``."""
+        if self.weights is None:
+            return self
+        return self.model_copy(update={"weights": str((folder / self.weights).resolve())})
 
     def require(self, section: str) -> Any:
         """The section ``training`` or ``data``, which a recipe only used for ``info`` may leave out.
@@ -96,3 +91,17 @@ class Recipe(StrictConfig):
         if preset is not None and not isinstance(preset, str):
             raise UserError(f"numerics.preset = {preset!r}: must be the name of a preset")
         return preset, Overrides.from_mapping(values)
+
+
+class Recipe(BaseRecipe):
+    """Training on a table of tokens."""
+
+    data: DataConfig | None = None
+
+    def located(self, folder: Path) -> Self:
+        recipe = super().located(folder)
+        return recipe if self.data is None else recipe.replace_tokens(str((folder / self.data.tokens).resolve()))
+
+    def replace_tokens(self, tokens: str) -> Self:
+        """A copy that reads its tokens from another file."""
+        return self.model_copy(update={"data": DataConfig(tokens=tokens)})

@@ -44,6 +44,7 @@ class TrainConfig(StrictConfig):
     ``indexer_loss_scale``: the weight of the indexer's loss in every microbatch. ``per_microbatch`` divides it by
     ``gradient_accumulation_steps``, as all other losses are, so that the gradient is a mean over the global batch.
     ``megatron`` does not, as the reference: its gradient grows with the number of microbatches (spec 8.3).
+    ``linear_cross_entropy``: head and loss in one, without the logits in memory; not with tensor parallelism.
     """
 
     SECTION: ClassVar[str] = "training."
@@ -61,6 +62,7 @@ class TrainConfig(StrictConfig):
     indexer_loss_scale: Literal["megatron", "per_microbatch"] = "megatron"
     seq_aux_loss_coeff: NotNegative = 0.0001
     expert_bias_update_rate: NotNegative = 0.001
+    linear_cross_entropy: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
 
 

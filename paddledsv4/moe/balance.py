@@ -1,11 +1,12 @@
 """The balance loss of whole sequences (spec 9.3), of which a rank may have a slice only.
 
-The layer is given one of two functions when it is built. Both take its ops and logits [s*b, E] of ``sequences`` = b
-sequences, and give a loss [1].
+The layer is given one of two functions when it is built. Both take its ops and logits [s, b, E], and give a loss [1].
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -13,10 +14,10 @@ import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
 
-from paddledsv4.distributed.context_parallel import SequenceSlice
 from paddledsv4.distributed.group import Group
+from paddledsv4.transformer.build import ForwardContext
 
-SequenceLoss = Callable[[SimpleNamespace, Tensor, int, int, float, SequenceSlice], Tensor]
+SequenceLoss = Callable[[SimpleNamespace, Tensor, int, float, ForwardContext], Tensor]
 
 
 def sequence_loss(group: Group) -> SequenceLoss:
@@ -25,20 +26,25 @@ def sequence_loss(group: Group) -> SequenceLoss:
 
 
 def whole_sequence_loss(
-    ops: SimpleNamespace, logits: Tensor, sequences: int, topk: int, coeff: float, sequence: SequenceSlice
+    ops: SimpleNamespace, logits: Tensor, topk: int, coeff: float, context: ForwardContext
 ) -> Tensor:
-    """All tokens are here."""
-    return ops.sequence_aux_loss(logits, sequences, topk, coeff)
+    """All tokens are here. Of a packed sequence every document is one of its own."""
+    parts = zip(context.documents.parts(context.sequence), context.documents.apart(logits), strict=True)
+    losses = (
+        ops.sequence_aux_loss(x.reshape([-1, x.shape[2]]), x.shape[1], topk, coeff * part.share) for part, x in parts
+    )
+    return functools.reduce(operator.add, losses)
 
 
-def slice_loss(
-    ops: SimpleNamespace, logits: Tensor, sequences: int, topk: int, coeff: float, sequence: SequenceSlice
-) -> Tensor:
+def slice_loss(ops: SimpleNamespace, logits: Tensor, topk: int, coeff: float, context: ForwardContext) -> Tensor:
     """The term of this slice's affinities, with the token counts of the whole sequence, as Megatron has it.
 
     The terms of all slices sum up to the loss of the sequence; gradients are averaged, so it is to be seeded by the
     number of slices more.
     """
+    [part] = context.documents.parts(context.sequence)
+    sequences, sequence = logits.shape[1], part.sequence
+    logits = logits.reshape([-1, logits.shape[2]])
     elsewhere = sequence.elsewhere(_counts(ops, logits, sequences, topk))
     return ops.sequence_aux_loss(logits, sequences, topk, coeff, elsewhere, slices=sequence.ranks)
 

@@ -33,9 +33,8 @@ class Router(nn.Layer):
         probs, routing_map = self.ops.router_probs(scores, index, self.scaling, self.normalise)
         losses = context.losses
         if losses.sequence_coeff:
-            loss = self.sequence_loss(
-                self.ops, logits, x.shape[1], self.topk, losses.sequence_coeff, context.sequence
-            )
+            by_row = logits.reshape([*x.shape[:2], -1])
+            loss = self.sequence_loss(self.ops, by_row, self.topk, losses.sequence_coeff, context)
             probs = self.ops.attach_loss(probs, loss, losses.seed * context.sequence.ranks)
         return probs, routing_map
 

@@ -1,9 +1,10 @@
-"""Tokens on disk, and which of them every microbatch of every rank sees."""
+"""Where microbatches come from: tokens on disk, and which of them every microbatch of every rank sees."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,6 +12,47 @@ from paddledsv4.config import ParallelConfig, TrainConfig
 from paddledsv4.errors import UserError
 
 UINT16_TOKENS = 1 << 16
+
+
+class Microbatch(NamedTuple):
+    """What a rank trains on at once.
+
+    Attributes:
+        inputs, labels: [b, s] int64.
+        loss_mask: [b, s] floats, 1 where a label counts; None: everywhere.
+        cu_seqlens: for each row where its documents begin, and its length; None: every row is one document.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray | None = None
+    cu_seqlens: list[np.ndarray] | None = None
+
+
+class Source(Protocol):
+    """An endless list of rows, of which every microbatch takes the next ones."""
+
+    fingerprint: str  # tells the data from any other
+
+    def rows(self, first: int, count: int) -> Microbatch:
+        """Rows ``first`` to ``first + count``."""
+        ...
+
+
+class TokenTable:
+    """Rows of a table [rows, sequence_length + 1], from the start again past the last. Context rank ``context_rank``
+    takes slice ``context_rank`` of each, of so many as ``parallel`` says."""
+
+    def __init__(self, tokens: np.ndarray, train: TrainConfig, parallel: ParallelConfig, context_rank: int = 0):
+        self.tokens, self.fingerprint = tokens, table_fingerprint(tokens)
+        length = train.sequence_length // parallel.context
+        self.columns = slice(context_rank * length, (context_rank + 1) * length + 1)
+
+    def rows(self, first: int, count: int) -> Microbatch:
+        """Inputs and labels [count, sequence_length / context]."""
+        rows = np.arange(first, first + count) % len(self.tokens)
+        table = np.asarray(self.tokens[rows, self.columns], dtype=np.int64)
+        return Microbatch(table[:, :-1].copy(), table[:, 1:].copy())
 
 
 def load_tokens(path: str | Path, sequence_length: int, vocab_size: int) -> np.ndarray:
@@ -59,23 +101,23 @@ def batches(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels [micro_batch_size, sequence_length / context] int64 of one microbatch on one rank.
 
-    ``step`` and ``microbatch`` count from 0. Global microbatch
-    ``g = (step * gradient_accumulation_steps + microbatch) * data + data_rank`` takes rows
-    ``[g * b, (g + 1) * b)``, all ``skipped`` rows further on; past the last row the table starts again. The ranks of a
-    context group read the same rows and slice ``context_rank`` of each, so that a step has the same tokens whatever the
-    layout.
+    ``step`` and ``microbatch`` count from 0; all rows are ``skipped`` further on than :func:`first_row`. The ranks of
+    a context group read the same rows and a slice of each, so that a step has the same tokens whatever the layout.
+    """
+    first = skipped + first_row(step, microbatch, data_rank, train, parallel)
+    return TokenTable(tokens, train, parallel, context_rank).rows(first, train.micro_batch_size)[:2]
+
+
+def first_row(step: int, microbatch: int, data_rank: int, train: TrainConfig, parallel: ParallelConfig) -> int:
+    """Where a microbatch begins; ``step`` and ``microbatch`` count from 0. Global microbatch
+    ``g = (step * gradient_accumulation_steps + microbatch) * data + data_rank`` takes rows ``[g * b, (g + 1) * b)``.
     """
     index = (step * train.gradient_accumulation_steps + microbatch) * parallel.data + data_rank
-    first = skipped + index * train.micro_batch_size
-    rows = np.arange(first, first + train.micro_batch_size) % len(tokens)
-    length = train.sequence_length // parallel.context
-    columns = slice(context_rank * length, (context_rank + 1) * length + 1)
-    table = np.asarray(tokens[rows, columns], dtype=np.int64)
-    return table[:, :-1].copy(), table[:, 1:].copy()
+    return index * train.micro_batch_size
 
 
 def rows_per_step(train: TrainConfig, parallel: ParallelConfig) -> int:
-    """Rows of the table in the global batch of one step."""
+    """Rows in the global batch of one step."""
     return train.micro_batch_size * train.gradient_accumulation_steps * parallel.data
 
 

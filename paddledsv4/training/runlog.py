@@ -16,7 +16,7 @@ def step_record(result: StepResult) -> dict[str, Any]:
     """The log line of one step: means over its microbatches, and each microbatch's own losses.
 
     A loss that is not finite is written as a text ("nan"), since JSON has no number for it; ``mtp`` is null
-    without MTP layers.
+    without MTP layers, and ``evaluation`` is there after steps that were evaluated.
     """
     main = [loss.main for loss in result.losses]
     mtp = [loss.mtp for loss in result.losses if loss.mtp is not None]
@@ -36,7 +36,7 @@ def step_record(result: StepResult) -> dict[str, Any]:
         "grad_norm": _number(result.grad_norm),
         "lr": result.learning_rate,
         "tokens_per_second": round(result.tokens / result.seconds, 1),
-    }
+    } | ({} if result.evaluation is None else {"evaluation": _number(result.evaluation)})
 
 
 class RunLog:
@@ -88,21 +88,21 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
-    """Main and MTP loss over steps as a PNG."""
+    """Main, MTP and held-out loss over steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy, and only the end of a run needs it
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for key, label in (("main", "main loss"), ("mtp", "MTP loss")):
-        points = [(r["step"], float(r[key])) for r in records if r[key] is not None]
+    for key, label in (("main", "main loss"), ("mtp", "MTP loss"), ("evaluation", "held-out loss")):
+        points = [(r["step"], float(r[key])) for r in records if r.get(key) is not None]
         if points:
             axes.plot(
                 *zip(*points, strict=True),
                 label=label,
                 linewidth=1.2,
-                marker="." if len(points) < 3 else None,
+                marker="." if len(points) < 3 or key == "evaluation" else None,
             )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")

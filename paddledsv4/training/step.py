@@ -15,8 +15,10 @@ from paddledsv4.distributed.context_parallel import SequenceSlice
 from paddledsv4.distributed.group import ALONE, Group, Groups
 from paddledsv4.model import DeepseekV4Model
 from paddledsv4.moe.router import LearnedRouter
+from paddledsv4.training.data import Microbatch
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.transformer.build import AuxiliaryLosses
+from paddledsv4.transformer.documents import WHOLE_ROWS, WholeRows, documents_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class MicrobatchLoss:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. ``step`` counts from 1; ``seconds`` is wall time; ``tokens`` counts input tokens."""
+    """What one step did. ``step`` counts from 1; ``seconds`` is wall time; ``tokens`` counts input tokens, padding too.
+    ``evaluation``: the mean loss of held-out tokens after the step, if it was taken.
+    """
 
     step: int
     losses: list[MicrobatchLoss]
@@ -42,6 +46,7 @@ class StepResult:
     learning_rate: float
     seconds: float
     tokens: int
+    evaluation: float | None = None
 
 
 def auxiliary_losses(train: TrainConfig) -> AuxiliaryLosses:
@@ -58,7 +63,8 @@ def auxiliary_losses(train: TrainConfig) -> AuxiliaryLosses:
 
 
 def microbatch_gradients(
-    model: DeepseekV4Model, auxiliary: AuxiliaryLosses, inputs: Tensor, labels: Tensor, loss_mask: Tensor
+    model: DeepseekV4Model, auxiliary: AuxiliaryLosses, inputs: Tensor, labels: Tensor, loss_mask: Tensor,
+    documents: WholeRows = WHOLE_ROWS,
 ) -> tuple[Tensor, Tensor | None]:
     """Forward and backward of one microbatch. Adds to every parameter's ``grad``; returns the mean losses.
 
@@ -66,7 +72,7 @@ def microbatch_gradients(
     mean over this rank's own tokens times what it weighs in the whole: averaged over the ranks, losses and gradients
     are those of the whole sequence.
     """
-    losses = model.losses(inputs, labels, loss_mask, auxiliary)
+    losses = model.losses(inputs, labels, loss_mask, auxiliary, documents)
     sequence = SequenceSlice(model.context_group, inputs.shape[1])
 
     def mean(loss: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -86,23 +92,22 @@ def train_step(
     optimizer: Optimizer,
     train: TrainConfig,
     step: int,
-    microbatch: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    microbatch: Callable[[int], tuple[np.ndarray, ...]],
     learning_rate: float,
     groups: Groups = ALONE,
 ) -> StepResult:
-    """Step number ``step`` (from 1). ``microbatch(i)`` gives inputs and labels [b, s] of this rank's microbatch i.
+    """Step number ``step`` (from 1). ``microbatch(i)`` gives this rank's microbatch i.
 
     The result speaks of all ranks: everyone's losses, and the tokens of the global batch.
     """
     start = time.perf_counter()
     auxiliary, records, tokens = auxiliary_losses(train), [], 0
     for index in range(train.gradient_accumulation_steps):
-        inputs, labels = (paddle.to_tensor(x, dtype="int64") for x in microbatch(index))
-        mask = paddle.ones(labels.shape, optimizer.states[0].main_grad.dtype)
-        main, mtp = microbatch_gradients(model, auxiliary, inputs, labels, mask)
+        batch = on_device(Microbatch(*microbatch(index)), optimizer.states[0].main_grad.dtype)
+        main, mtp = microbatch_gradients(model, auxiliary, *batch)
         optimizer.accumulate()
         records.append(MicrobatchLoss(index, groups.data.rank, float(main), None if mtp is None else float(mtp)))
-        tokens += inputs.size
+        tokens += batch[0].size
     routers = model.learned_routers()
     sum_token_counts(routers, groups.replicas)
     for router in routers:
@@ -111,6 +116,13 @@ def train_step(
     records = gather_losses(records, groups)
     seconds = time.perf_counter() - start
     return StepResult(step, records, norm, learning_rate, seconds, int(tokens) * groups.replicas.size)
+
+
+def on_device(batch: Microbatch, dtype) -> tuple[Tensor, Tensor, Tensor, WholeRows]:
+    """Inputs, labels and mask (of ``dtype``) [b, s], and where documents begin."""
+    inputs, labels = (paddle.to_tensor(x, dtype="int64") for x in batch[:2])
+    mask = paddle.ones(labels.shape, dtype) if batch.loss_mask is None else paddle.to_tensor(batch.loss_mask, dtype)
+    return inputs, labels, mask, documents_of(batch.cu_seqlens)
 
 
 @paddle.no_grad()

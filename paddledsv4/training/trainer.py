@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from paddledsv4.errors import UserError
 from paddledsv4.model import DTYPES, DeepseekV4Model
 from paddledsv4.moe.experts import local_experts
 from paddledsv4.numerics.policy import Policy
-from paddledsv4.training.data import batches, rows_per_step, table_fingerprint
+from paddledsv4.training.data import Microbatch, Source, TokenTable, first_row, rows_per_step
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.training.schedule import learning_rate
 from paddledsv4.training.step import StepResult, train_step
@@ -28,13 +29,13 @@ from paddledsv4.weights.shards import shards_of_rank, split_of
 
 
 class Trainer:
-    """Builds the model and trains it on a table of tokens.
+    """Builds the model and trains it on rows of tokens.
 
     Args:
         model: what is computed.
         train: how; its precision is used unless ``precision`` ("fp32", "bf16" or "fp64") is given.
         policy: numeric variants, resolved here.
-        tokens: integers [rows, sequence_length + 1].
+        tokens: integers [rows, sequence_length + 1], or another source of rows.
         initial_state: parameters and buffers under Megatron's names; None draws them from ``train.seed``.
         weights: a checkpoint of any format to start from instead, which each rank reads its part of.
         parallel: the layout; ``groups``: what :func:`paddledsv4.distributed.connect.connect` gave for it.
@@ -49,7 +50,7 @@ class Trainer:
         model: ModelConfig,
         train: TrainConfig,
         policy: Policy,
-        tokens: np.ndarray,
+        tokens: np.ndarray | Source,
         initial_state: Mapping[str, np.ndarray] | None = None,
         precision: str | None = None,
         parallel: ParallelConfig | None = None,
@@ -60,8 +61,10 @@ class Trainer:
         if precision not in DTYPES:
             raise UserError(f"precision {precision!r} cannot be run yet; choose one of: {', '.join(DTYPES)}")
         paddle.seed(train.seed)
-        self.train_config, self.policy, self.tokens, self.precision = train, policy, tokens, precision
+        self.train_config, self.policy, self.precision = train, policy, precision
         self.parallel, self.groups = parallel or ParallelConfig(), groups
+        is_table = isinstance(tokens, np.ndarray)
+        self.source = TokenTable(tokens, train, self.parallel, groups.context.rank) if is_table else tokens
         check_sequences(model, train, self.parallel)
         sequence_parallel = self.parallel.sequence_parallel and groups.tensor.size > 1
         slices = self.parallel.tensor * self.parallel.context
@@ -71,7 +74,9 @@ class Trainer:
                 f"tensor x context ({slices}) must divide training.sequence_length ({train.sequence_length})",
             )
         with unset_parameters() if weights else contextlib.nullcontext():
-            self.model = DeepseekV4Model(model, policy, precision, groups, sequence_parallel)
+            self.model = DeepseekV4Model(
+                model, policy, precision, groups, sequence_parallel, train.linear_cross_entropy
+            )
         if weights:
             load_checkpoint(self.model, weights, groups)
         if initial_state is not None:
@@ -94,7 +99,7 @@ class Trainer:
             "the training section": self.train_config.model_dump_json(),
             "the numerics policy": self.policy.fingerprint,
             "the precision": self.precision,
-            "the token table": table_fingerprint(self.tokens),
+            "the data": self.source.fingerprint,
         })
         model, groups = self.model, self.groups
         check_same(groups.replicas, {"the weights": weights_md5(model, is_dense)})
@@ -112,19 +117,22 @@ class Trainer:
             paddle.seed(int(seed.generate_state(1)[0]))
             yield train_step(
                 self.model, self.optimizer, self.train_config, step,
-                lambda index, step=step: batches(
-                    self.tokens, step - 1, index, self.groups.data.rank, self.train_config, self.parallel,
-                    self.groups.context.rank, self.rows_skipped,
-                ),
+                functools.partial(self.microbatch, step),
                 learning_rate(self.train_config.optimizer, step, self.train_config.steps), self.groups,
             )
 
+    def microbatch(self, step: int, index: int) -> Microbatch:
+        """Microbatch ``index`` (from 0) of step ``step`` (from 1) of this rank."""
+        train = self.train_config
+        first = first_row(step - 1, index, self.groups.data.rank, train, self.parallel)
+        return self.source.rows(self.rows_skipped + first, train.micro_batch_size)
+
     def rows_seen(self, step: int) -> int:
-        """Rows of the token table that ``step`` completed steps have taken: where the next one begins."""
+        """Rows of the source that ``step`` completed steps have taken: where the next one begins."""
         return self.rows_skipped + step * rows_per_step(self.train_config, self.parallel)
 
     def go_on_after(self, step: int, rows_seen: int) -> None:
-        """The next step is the one after ``step`` and begins at row ``rows_seen`` of the token table."""
+        """The next step is the one after ``step`` and begins at row ``rows_seen`` of the source."""
         self.optimizer.step_count = step
         self.rows_skipped += rows_seen - self.rows_seen(step)
 

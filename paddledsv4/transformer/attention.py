@@ -5,8 +5,9 @@ from __future__ import annotations
 from paddle import Tensor, nn
 
 from paddledsv4.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, shard
-from paddledsv4.transformer.build import Build, ForwardContext, constant, parameter
+from paddledsv4.transformer.build import AuxiliaryLosses, Build, ForwardContext, constant, parameter
 from paddledsv4.transformer.compressor import Compressor
+from paddledsv4.transformer.documents import Part
 from paddledsv4.transformer.indexer import Indexer
 from paddledsv4.transformer.linear import Linear
 from paddledsv4.transformer.norm import RMSNorm
@@ -32,11 +33,11 @@ class CoreAttention(nn.Layer):
         return self.ratio > 0 and length >= self.ratio
 
     def forward(
-        self, query: Tensor, kv: Tensor, x: tuple[Tensor, ...], q_lora: Tensor, context: ForwardContext
+        self, query: Tensor, kv: Tensor, x: tuple[Tensor, ...], q_lora: Tensor, part: Part, losses: AuxiliaryLosses
     ) -> Tensor:
         """query [s, b, H, D], kv [n, b, D] of the n >= s positions up to the last query, x two copies of [s, b, C] for
         the compressor (none if it has nothing to compress), q_lora [s, b, R] -> [s, b, H*D]."""
-        sequence = context.sequence
+        sequence = part.sequence
         compressed = self.tensor.copy(self.compressor(*x, sequence)) if x else None
         scores = selected = None
         if self.indexer is not None and x:
@@ -45,12 +46,11 @@ class CoreAttention(nn.Layer):
             query, kv, compressed, selected, self.attn_sink,
             window=self.window, ratio=self.ratio, scale=self.scale, offset=sequence.start,
         )
-        losses = context.losses
         if scores is not None and losses.indexer_coeff:
             loss = self.ops.indexer_loss(
                 scores, query.detach(), kv.detach(), compressed.detach(), self.attn_sink.detach(), selected,
                 window=self.window, ratio=self.ratio, scale=self.scale,
-                coeff=losses.indexer_coeff, sparse=losses.indexer_sparse, offset=sequence.start,
+                coeff=losses.indexer_coeff * part.share, sparse=losses.indexer_sparse, offset=sequence.start,
                 heads_of=self.tensor.group,
             )
             out = self.ops.attach_loss(out, loss, losses.indexer_seed)
@@ -89,15 +89,30 @@ class Attention(nn.Layer):
         """x [s, b, C] -> [s, b, C]."""
         x = self.tensor.gather(x)
         s, b, _ = x.shape
-        sequence = context.sequence
-        cos, sin = sequence.local(*self.rotary.table(self.ops, sequence.whole, self.rotary_dtype))
-        to_q, to_kv, *to_compressor = self.ops.fan_out(x, 4 if self.core_attention.compresses(sequence.whole) else 2)
+        documents = context.documents
+        compresses = self.core_attention.compresses(documents.longest(context.sequence))
+        to_q, to_kv, *to_compressor = self.ops.fan_out(x, 4 if compresses else 2)
         q_lora = self.q_layernorm(self.linear_q_down_proj(to_q))
         query = self.linear_q_up_proj(self.tensor.copy(q_lora)).reshape([s, b, self.heads, self.head_dim])
-        query = self.ops.rope(self.ops.head_norm(query, self.eps), cos, sin)
-        kv = self.ops.rope(self.kv_layernorm(self.linear_kv_proj(to_kv)), cos, sin)
-        kv = self.tensor.copy(sequence.with_previous(kv, self.core_attention.window - 1))
-        out = self.core_attention(query, kv, tuple(to_compressor), q_lora, context)
-        out = self.ops.rope(out.reshape(query.shape), cos, sin, inverse=True).reshape([s, b, -1])
+        query = self.ops.head_norm(query, self.eps)
+        kv = self.kv_layernorm(self.linear_kv_proj(to_kv))
+        parts = documents.parts(context.sequence)
+        inputs = zip(*(documents.apart(x) for x in (query, kv, q_lora, *to_compressor)), strict=True)
+        out = documents.together(
+            [self.attend(part, context.losses, *mine) for part, mine in zip(parts, inputs, strict=True)]
+        ).reshape([s, b, -1])
         out = self.linear_proj(self.ops.grouped_linear(out, self.linear_o_group_proj, groups=self.groups))
         return self.tensor.leave(out)
+
+    def attend(
+        self, part: Part, losses: AuxiliaryLosses, query: Tensor, kv: Tensor, q_lora: Tensor, *x: Tensor
+    ) -> Tensor:
+        """query [s, b, H, D], kv [s, b, D], q_lora [s, b, R], x copies of [s, b, C] for the compressor, of documents
+        of one length -> [s, b, H, D]."""
+        sequence = part.sequence
+        cos, sin = sequence.local(*self.rotary.table(self.ops, sequence.whole, self.rotary_dtype))
+        query, kv = self.ops.rope(query, cos, sin), self.ops.rope(kv, cos, sin)
+        kv = self.tensor.copy(sequence.with_previous(kv, self.core_attention.window - 1))
+        x = x if self.core_attention.compresses(sequence.whole) else ()
+        out = self.core_attention(query, kv, x, q_lora, part, losses)
+        return self.ops.rope(out.reshape(query.shape), cos, sin, inverse=True)

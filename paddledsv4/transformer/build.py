@@ -19,6 +19,7 @@ from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.ops.precision import accumulate_dtype
 from paddledsv4.tensor_parallel.region import OneRank, region
+from paddledsv4.transformer.documents import WHOLE_ROWS, WholeRows
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,12 @@ class AuxiliaryLosses:
 @dataclass(frozen=True)
 class ForwardContext:
     """input_ids [b, s] that the hash routers read, the auxiliary losses of this pass, and the ranks (``group``) that
-    hold the other slices of the sequences."""
+    hold the other slices of the sequences. ``documents``: where in the sequences they begin."""
 
     input_ids: Tensor
     losses: AuxiliaryLosses
     group: Group = ALONE.context
+    documents: WholeRows = WHOLE_ROWS
 
     @functools.cached_property
     def sequence(self) -> SequenceSlice:

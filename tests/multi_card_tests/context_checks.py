@@ -62,7 +62,7 @@ class FirstStep:
 
 def first_step(preset: str, precision: str, groups: Groups = ALONE, parallel: ParallelConfig | None = None, **changes):
     runner = trainer(preset, precision, groups, parallel, **changes)
-    rows = batches(runner.tokens, 0, 0, 0, runner.train_config, runner.parallel, groups.context.rank)
+    rows = batches(runner.source.tokens, 0, 0, 0, runner.train_config, runner.parallel, groups.context.rank)
     inputs, labels = (paddle.to_tensor(x) for x in rows)
     auxiliary = auxiliary_losses(runner.train_config)
     mask = paddle.ones(labels.shape, runner.optimizer.states[0].main_grad.dtype)

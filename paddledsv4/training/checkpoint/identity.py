@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from paddledsv4.config import ParallelConfig, TrainConfig
-from paddledsv4.training.data import table_fingerprint
 
 if TYPE_CHECKING:
     from paddledsv4.training.trainer import Trainer
@@ -29,7 +28,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         "training": training,
         "gradient_accumulation_steps x data": microbatches,
         "numerics": {"fingerprint": trainer.policy.fingerprint} | trainer.policy.describe(),
-        "data": {"tokens": table_fingerprint(trainer.tokens)},
+        "data": {"tokens": trainer.source.fingerprint},
     }
 
 

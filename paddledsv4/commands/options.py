@@ -1,0 +1,20 @@
+"""Options that several commands have, each with one meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Numerics = Annotated[
+    str | None, typer.Option(help="Numerics preset; wins over the recipe, which wins over PADDLEDSV4_NUMERICS.")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")]
+Save = Annotated[str | None, typer.Option(help="Folder for checkpoints; see also the next ones.")]
+SaveInterval = Annotated[int | None, typer.Option(min=1, help="Save every so many steps, and at the end.")]
+Resume = Annotated[
+    str | None, typer.Option(help="A checkpoint, a folder of them (its latest), or auto: from --save if it can.")
+]
+Force = Annotated[bool, typer.Option(help="Resume although configuration or numerics differ.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for train.jsonl and loss.png.")]

@@ -1,0 +1,62 @@
+"""The weights of a model as a checkpoint folder: safetensors under our names, an index and config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from paddledsv4.distributed.group import ALONE, Groups
+from paddledsv4.errors import UserError
+from paddledsv4.model import DeepseekV4Model
+from paddledsv4.ops.precision import dtype_name
+from paddledsv4.training.checkpoint.state import SAFETENSORS
+from paddledsv4.weights.load import named_tensors
+from paddledsv4.weights.shards import gather_full
+from paddledsv4.weights.writer import Entry, Folder, shards
+
+LARGEST = 5_000_000_000  # bytes of one file
+
+
+def save_model(model: DeepseekV4Model, target: Path, groups: Groups = ALONE, also: tuple[Path, ...] = ()) -> int:
+    """Write parameters and persistent buffers in the model's dtypes; rank 0 writes, all ranks call it.
+
+    The folder can be trained from (``weights:`` in a recipe) and converted (``paddledsv4 convert``).
+
+    Args:
+        target: the folder, which appears when all of it is there.
+        also: small text files to copy into it.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        UserError: ``target`` exists or cannot be written, or no rank has all experts.
+    """
+    if groups.expert.size > 1:
+        raise UserError("weights are written where a rank has all experts; parallel.expert must be 1")
+    tensors = named_tensors(model)
+    arrays = gather_full(tensors, groups)
+    entries = [
+        Entry(name, SAFETENSORS[dtype_name(tensor)], arrays[name].shape, lambda name=name: [arrays[name]])
+        for name, tensor in tensors.items()
+    ]
+    if groups.world.rank == 0:
+        _write(model, target, entries, also)
+    return sum(entry.size for entry in entries)
+
+
+def _write(model: DeepseekV4Model, target: Path, entries: list[Entry], also: tuple[Path, ...]) -> None:
+    config = {"model_type": "deepseek_v4"} | model.config.model_dump(mode="json")
+    files, folder = shards(entries, LARGEST), Folder(target, {"config": config})
+    try:
+        folder.check_space(sum(entry.size for entry in entries))
+        for name, group in files.items():
+            folder.write(name, group, lambda size: None)
+        folder.write_index(files)
+        folder.finish_text("config.json", json.dumps(config, indent=2) + "\n")
+        for path in also:
+            folder.finish_text(path.name, path.read_text(encoding="utf-8"))
+        folder.publish()
+    except Exception:
+        folder.discard()
+        raise
