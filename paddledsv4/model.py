@@ -33,11 +33,14 @@ class DeepseekV4Model(nn.Layer):
 
     def __init__(
         self, config: ModelConfig, policy: Policy, precision: str = "fp32", groups: Groups = ALONE,
-        sequence_parallel: bool = False,
+        sequence_parallel: bool = False, expert_weight_format: str = "precision",
     ):
         super().__init__()
         self.config, self.policy = config, policy
-        build = Build(config, policy, DTYPES[precision], groups, sequence_parallel=sequence_parallel)
+        build = Build(
+            config, policy, DTYPES[precision], groups, sequence_parallel=sequence_parallel,
+            expert_weight_format=expert_weight_format,
+        )
         self.ops, self.tensor, self.context_group = build.ops, build.tensor, groups.context
         self.embedding = embedding(build.at("embedding"))
         self.decoder = TransformerBlock(build.at("decoder"))

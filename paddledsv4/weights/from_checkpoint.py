@@ -20,7 +20,7 @@ from paddledsv4.distributed.connect import fail_together
 from paddledsv4.distributed.group import ALONE, Group, Groups
 from paddledsv4.errors import UserError
 from paddledsv4.model import DeepseekV4Model
-from paddledsv4.weights import bfloat16, storage
+from paddledsv4.weights import bfloat16, mxfp4, storage
 from paddledsv4.weights.load import named_tensors
 from paddledsv4.weights.names import expert_index, tensors
 from paddledsv4.weights.shards import shares_of, split_of
@@ -30,6 +30,7 @@ from paddledsv4.weights.source import Source
 DTYPES = {
     paddle.float64: ("F64", "int64"), paddle.float32: ("F32", "int32"), paddle.bfloat16: ("BF16", "int16"),
     paddle.int64: ("I64", "int64"), paddle.int32: ("I32", "int32"),
+    paddle.int8: ("I8", "int8"), paddle.uint8: ("F8_E8M0", "uint8"),
 }  # fmt: skip
 
 
@@ -84,6 +85,8 @@ class _Reader:
 
     def fill(self, name: str, tensor: Tensor) -> None:
         """Read the atoms of a tensor into its memory; of one that tensor ranks share out, its share of all of them."""
+        if tensor.dtype in (paddle.int8, paddle.uint8):
+            return self._fill_packed(name, tensor)
         dtype, shares = DTYPES[tensor.dtype][0], shares_of(name, self.groups)
         split = split_of(name) if shares.size > 1 else None
         atoms, shape = self.table[name].atoms, self.table[name].shape
@@ -101,6 +104,19 @@ class _Reader:
             if split:
                 array = np.ascontiguousarray(split.shard(array, shares.rank, shares.size))
             tensor.set_value(paddle.to_tensor(array.view("<i2")).view("bfloat16") if dtype == "BF16" else array)
+
+
+    def _fill_packed(self, name: str, tensor: Tensor) -> None:
+        """MXFP4 numbers or their scales: as they are stored, else made from what is stored, one atom at a time."""
+        atoms = self.table[name.removesuffix("_scale")].atoms
+        lent = np.empty(tensor.shape, storage.NUMPY[DTYPES[tensor.dtype][0]])
+        for atom, piece in zip(atoms, lent.reshape(len(atoms), -1), strict=True):
+            kept, scale = self.source.storage(atom), name.endswith("_scale")
+            if kept.weight == "I8":
+                self.source.read_into((self.source.scale if scale else self.source.weight)(atom, kept), piece)
+            else:
+                piece[:] = mxfp4.quantize(self.source.values(atom))[scale].reshape(-1)
+        tensor.set_value(lent)
 
 
 def _memory(tensor: Tensor) -> np.ndarray | None:
