@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import comb, prod
 
-from paddledsv4.weights.shards import on_slices, split_of
-
 from paddledsv4.config import ModelConfig, ParallelConfig
 from paddledsv4.weights.names import expert_index
+from paddledsv4.weights.shards import on_slices, split_of
 
 Shapes = Mapping[str, Iterable[int]]
 

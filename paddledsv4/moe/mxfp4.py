@@ -65,28 +65,25 @@ def expert_linears(build: Build) -> tuple[type[nn.Layer], type[nn.Layer]]:
     return (PackedLinear, PackedLinear) if build.expert_weight_format == "mxfp4" else (GateAndLinear, RowParallelLinear)
 
 
-def packed_layers(model: nn.Layer) -> dict[str, PackedLinear]:
-    """Path -> layer, of all that are packed."""
-    return {name: layer for name, layer in model.named_sublayers() if isinstance(layer, PackedLinear)}
+def packed_weights(model: nn.Layer) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path of a layer -> its packed weight and the scales, of all that are packed; adapters make no difference."""
+    buffers = dict(model.named_buffers())
+    paths = [name.removesuffix(".weight_scale") for name in buffers if name.endswith(".weight_scale")]
+    return {path: (buffers[f"{path}.weight"], buffers[f"{path}.weight_scale"]) for path in paths}
 
 
 def with_packed_experts(state: Mapping[str, np.ndarray], model: nn.Layer) -> dict[str, np.ndarray]:
     """``state`` with the numbers of every packed layer of ``model`` rounded to MXFP4; packed ones stay as they are."""
     result = dict(state)
-    for name, layer in packed_layers(model).items():
-        values = result.get(f"{name}.weight")
-        if values is None or values.dtype == np.int8 or list(values.shape) != [layer.weight.shape[0], _width(layer)]:
-            continue  # for the strict load to take or to refuse
-        result[f"{name}.weight"], result[f"{name}.weight_scale"] = quantize(values)
-    return result
-
-
-def _width(layer: PackedLinear) -> int:
-    return 2 * layer.weight.shape[1]
+    for path, (weight, _) in packed_weights(model).items():
+        values, (rows, half) = result.get(f"{path}.weight"), weight.shape
+        if values is not None and values.dtype != np.int8 and values.shape == (rows, 2 * half):
+            result[f"{path}.weight"], result[f"{path}.weight_scale"] = quantize(values)
+    return result  # what does not fit is for the strict load to refuse
 
 
 def resident_bits(model: nn.Layer) -> float:
     """Bits that packed experts take in memory for each of their parameters."""
-    layers = packed_layers(model).values()
-    size = sum(tensor.size * tensor.element_size() for layer in layers for tensor in (layer.weight, layer.weight_scale))
-    return 8 * size / sum(2 * layer.weight.size for layer in layers)
+    pairs = packed_weights(model).values()
+    size = sum(tensor.size * tensor.element_size() for pair in pairs for tensor in pair)
+    return 8 * size / sum(2 * weight.size for weight, _ in pairs)

@@ -29,7 +29,8 @@ class ParameterState:
 
 
 class Optimizer:
-    """For the parameters that are not frozen. Order of the parameters: those with two or more dimensions (decayed), then the others (not decayed).
+    """Order of the parameters: those with two or more dimensions (decayed), then the others (not decayed); frozen ones
+    are left out.
 
     The global norm is taken in that order (spec section 13), of dense and expert parameters apart where experts are
     spread over ranks. ``sequence_parallel``: as the model was built.
