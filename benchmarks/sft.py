@@ -25,6 +25,7 @@ from rich.console import Group
 from rich.table import Table
 
 import paddledsv4.sft
+from benchmarks import packed_experts
 from benchmarks.tell import run, tell
 from paddledsv4.sft.dataset import Document, read_documents
 from paddledsv4.sft.packing import efficiency, packed_batches
@@ -96,6 +97,7 @@ def main(
     copies: Annotated[int, typer.Option(min=1, help="How often the sample is repeated for the rate.")] = 25,
     workers: Annotated[int, typer.Option(min=0, help="Processes that tokenise; 0: threads of this one.")] = 0,
     repeat: Annotated[int, typer.Option(min=1, help="Turns; the fastest counts.")] = 5,
+    experts: Annotated[bool, typer.Option("--experts", help="Also packed experts, which takes minutes.")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +113,11 @@ def main(
     for row in packed:
         shown = f"{row['efficiency']:.1%}", f"{row['efficiency_at_full_length']:.1%}", f"{row['seconds']:.3f}"
         rooms.add_row(str(row["sequence_length"]), str(row["sequences"]), *shown)
-    tell(Group(table, rooms), [rate, *packed], out)
+    tables, figures = [table, rooms], [rate, *packed]
+    if experts:
+        figures += (sides := packed_experts.figures(tokens := 4096, repeat))
+        tables.append(packed_experts.table_of(sides, tokens))
+    tell(Group(*tables), figures, out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from paddledsv4.weights.fp8 import E8M0
 input_gradient = Op("linear_input_gradient", "dy W: the gradient of x in x W^T", spec="0")
 
 # The four columns in every pair of bytes, as one number of 16 bytes: one lookup finds them all.
-_FOURS = np.concatenate([np.tile(mxfp4.PAIRS, (256, 1)), np.repeat(mxfp4.PAIRS, 256, 0)], 1).view(np.complex128)
+_FOURS = np.concatenate([np.tile(mxfp4.PAIRS, (256, 1)), np.repeat(mxfp4.PAIRS, 256, 0)], 1).view(np.complex128)[:, 0]
 
 
 @input_gradient.variant("paddle", "paddle.matmul on folded rows")
@@ -43,7 +43,7 @@ def packed_linear(x: Tensor, packed: Tensor, scales: Tensor, linear: Callable, d
 
     ``linear`` and ``dx``: what the layer's policy chose for the op ``linear`` and for :data:`input_gradient`.
     """
-    dtype = dtype_name(x)
+    dtype = "float32" if x.dtype == paddle.bfloat16 and hasattr(linear, "takes_float32") else dtype_name(x)
 
     def backward(dy):
         return dx(dy, dequantize(packed, scales, dtype)), None, None
@@ -69,9 +69,14 @@ def dequantize(packed: Tensor, scales: Tensor, dtype: str) -> Tensor:
 
 def _on_cpu(packed: np.ndarray, scales: np.ndarray, dtype: str) -> Tensor:
     """The same with numpy: 0.8 nanoseconds an element where Paddle's kernels take 7, and 3 more for bfloat16."""
-    values = _FOURS.reshape(-1).take(packed.view(np.uint16), mode="clip").view(np.float32)
-    with np.errstate(over="ignore"):  # 6 x 2^127 is infinite
-        values.reshape(*scales.shape, mxfp4.BLOCK)[...] *= E8M0[scales][..., None]
+    values = _FOURS.take(packed.view(np.uint16), mode="clip").view(np.float32)
+    blocks = values.reshape(*scales.shape, mxfp4.BLOCK)
+    np.multiply(blocks, E8M0[scales][..., None], out=blocks)
     if dtype == "bfloat16":  # the upper half of a float32; of these numbers the lower one is zero
-        return paddle.to_tensor(np.ascontiguousarray(values.view(np.int16)[:, 1::2])).view("bfloat16")
-    return paddle.to_tensor(values).astype(dtype)
+        return _lent(np.ascontiguousarray(values.view(np.int16)[:, 1::2])).view("bfloat16")
+    return _lent(values) if dtype == "float32" else _lent(values).astype(dtype)
+
+
+def _lent(array: np.ndarray) -> Tensor:
+    """The array's own memory as a tensor. paddle.from_dlpack does the same in eight times the time."""
+    return Tensor(paddle.base.core.from_dlpack(array.__dlpack__()), device=paddle.CPUPlace())
