@@ -26,7 +26,7 @@ from rich.console import Group
 from rich.table import Table
 
 import paddledsv4.sft
-from benchmarks import head_loss
+from benchmarks import head_loss, packed_experts
 from benchmarks.tell import run, tell
 from paddledsv4.sft.dataset import Document, read_documents
 from paddledsv4.sft.packing import efficiency, packed_batches
@@ -99,6 +99,7 @@ def main(
     workers: Annotated[int, typer.Option(min=0, help="Processes that tokenise; 0: threads of this one.")] = 0,
     repeat: Annotated[int, typer.Option(min=1, help="Turns; the fastest counts.")] = 5,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the measured loss.")] = 512,
+    experts: Annotated[bool, typer.Option("--experts", help="Also packed experts, which takes minutes.")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +122,11 @@ def main(
         peak = row["peak_bytes"]
         shown = f"{peak / 1e6:,.0f}", f"{peak / logits:.2f}", f"{row['seconds']:.1f}", f"{row['loss']:.5f}"
         losses.add_row(row["kind"], *shown)
-    tell(Group(table, rooms, losses), [rate, *packed, *heads], out)
+    tables, figures = [table, rooms, losses], [rate, *packed, *heads]
+    if experts:
+        figures += (sides := packed_experts.figures(4096, repeat))
+        tables.append(packed_experts.table_of(sides, 4096))
+    tell(Group(*tables), figures, out)
 
 
 if __name__ == "__main__":

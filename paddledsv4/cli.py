@@ -79,7 +79,8 @@ def train(
     """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well.
 
     A recipe whose parallel section has N ranks is started behind
-    [bold]python -m paddle.distributed.launch --nproc_per_node N python -m paddledsv4[/].
+    [bold]python -m paddle.distributed.launch --nproc_per_node N python -m paddledsv4[/]. One with a lora section also
+    leaves its adapters, in the folder adapter beside the log.
     """
     from paddledsv4.training.data import load_tokens
 
@@ -98,6 +99,7 @@ def train(
 
     prepare_paddle()
     from paddledsv4.distributed.connect import connect
+    from paddledsv4.sft.adapter import save_adapter
     from paddledsv4.training.checkpoint.run import checkpointing
     from paddledsv4.training.trainer import Trainer
 
@@ -105,13 +107,16 @@ def train(
     with connect(recipe.parallel) as groups:
         trainer = Trainer(
             recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups,
-            weights=Path(recipe.weights) if recipe.weights else None,
+            weights=Path(recipe.weights) if recipe.weights else None, lora=recipe.lora,
         )
+        folder = out or Path(recipe.output)
         with checkpointing(trainer, saving, resume, force) as (results, notes):
             if groups.world.rank == 0:
-                train_and_log(trainer, results, notes, recipe, out or Path(recipe.output))
+                train_and_log(trainer, results, notes, recipe, folder)
             else:
                 deque(results, maxlen=0)
+        if recipe.lora:
+            save_adapter(trainer.model, recipe.lora, folder / "adapter", groups, recipe.weights)
 
 
 app.command(epilog=sft.EXAMPLES)(sft.sft)

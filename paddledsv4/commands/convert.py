@@ -27,6 +27,8 @@ EXAMPLES = """[bold]Examples[/bold]
 
   paddledsv4 convert runs/trained released --from paddledsv4 --to released --dtype released
 
+  paddledsv4 convert DeepSeek-V4-Flash tuned --to paddledsv4 --dtype bf16 --adapter runs/tuned/adapter
+
   paddledsv4 convert flash-bf16 flash-hf --to hf --without-mtp"""
 
 Format = Literal["released", "megatron", "hf", "paddledsv4"]
@@ -47,6 +49,9 @@ def convert(
     config: Annotated[Path | None, typer.Option(help="The model's config.json, if SRC has none.")] = None,
     no_mtp: Annotated[bool, typer.Option("--without-mtp", help="Leave out MTP layers.")] = False,
     shard_size: Annotated[float, typer.Option(min=0, help="Largest file, in GB.")] = 5.0,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A folder with LoRA adapters, which are added to the weights.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read DST back and compare every byte.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check names, shapes and dtypes, print sizes, write nothing.")
@@ -63,7 +68,7 @@ def convert(
     where = config or (source if source.is_dir() else source.parent)
     model, (values, _) = ModelConfig.from_file(where), read_model_section(where)
     with _open(source, model, origin, not no_mtp, dry_run) as opened:
-        conversion = Conversion(opened, to, dtype)
+        conversion = _conversion(opened, to, dtype, adapter)
         limit = max(int(shard_size * 1e9), 1)
         if dry_run:
             _sizes(conversion, limit, console)
@@ -75,6 +80,15 @@ def convert(
     checked = ", every byte compared" if verify else ""
     count = f"{len(conversion.tensors):,} tensors, {_gb(size)} in {files} files"
     console.print(f"{target}: {count}{checked}, {seconds:.1f} s", soft_wrap=True)
+
+
+def _conversion(source: Source, to: Format, dtype: str, adapter: Path | None) -> Conversion:
+    if adapter is None:
+        return Conversion(source, to, dtype)
+    from paddledsv4.sft.adapter import SavedAdapter  # imports Paddle
+    from paddledsv4.sft.merge import MergedConversion
+
+    return MergedConversion(source, to, dtype, SavedAdapter.read(adapter))
 
 
 def _open(source: Path, model: ModelConfig, origin: Format | None, mtp: bool, dry_run: bool) -> Source:

@@ -61,8 +61,8 @@ def train_and_log(
 
     policy, training = trainer.policy, trainer.train_config
     header = {"numerics": policy.name, "fingerprint": policy.fingerprint, "policy": policy.describe()}
-    for section, config in ("model", recipe.model), ("training", training), ("parallel", recipe.parallel):
-        header[section] = config.model_dump(mode="json")
+    sections = {"model": recipe.model, "training": training, "parallel": recipe.parallel, "lora": recipe.lora}
+    header |= {name: config.model_dump(mode="json") for name, config in sections.items() if config is not None}
     log = RunLog(folder, header, trainer.optimizer.step_count or None)
     console = Console()
     ranks = f", {recipe.parallel.world_size} ranks" if recipe.parallel.world_size > 1 else ""

@@ -62,6 +62,8 @@ def sft(
 
     prepare_paddle()
     from paddledsv4.distributed.connect import connect
+    from paddledsv4.sft.adapter import save_adapter
+    from paddledsv4.sft.merge import save_merged
     from paddledsv4.training.checkpoint.run import checkpointing
     from paddledsv4.training.evaluation import evaluated
     from paddledsv4.training.trainer import Trainer
@@ -71,7 +73,7 @@ def sft(
     with connect(recipe.parallel) as groups:
         trainer = Trainer(
             recipe.model, recipe.training, policy, train, parallel=recipe.parallel, groups=groups,
-            weights=Path(recipe.weights) if recipe.weights else None,
+            weights=Path(recipe.weights) if recipe.weights else None, lora=recipe.lora,
         )
         with checkpointing(trainer, saving, resume, force) as (results, more):
             results = evaluated(results, trainer, evaluation, recipe.evaluation_interval)
@@ -79,7 +81,11 @@ def sft(
                 train_and_log(trainer, results, [*notes, *more], recipe, folder)
             else:
                 deque(results, maxlen=0)
-        if recipe.export:
+        if recipe.lora:
+            save_adapter(trainer.model, recipe.lora, folder / "adapter", groups, recipe.weights)
+            if recipe.export and groups.world.size == 1:
+                save_merged(trainer.model, recipe.lora, weights)
+        elif recipe.export:
             size = save_model(trainer.model, weights, groups, (load_tokenizer(recipe.data.tokenizer).path,))
             if groups.world.rank == 0:
                 Console(highlight=False).print(f"weights {weights} ({size / 1e6:,.1f} MB)", soft_wrap=True)

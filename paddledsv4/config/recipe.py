@@ -11,6 +11,7 @@ from typing_extensions import Self
 from paddledsv4.config.base import StrictConfig
 from paddledsv4.config.checkpoint import CheckpointConfig
 from paddledsv4.config.files import read_mapping
+from paddledsv4.config.lora import LoraConfig
 from paddledsv4.config.model import ModelConfig
 from paddledsv4.config.training import ParallelConfig, TrainConfig
 from paddledsv4.errors import UserError
@@ -32,12 +33,14 @@ class BaseRecipe(StrictConfig):
     that `paddledsv4 convert` knows, else weights are drawn. Paths in ``model``, ``weights`` and ``data`` are
     relative to the recipe, ``output`` and ``checkpoint.dir`` to the working directory. ``numerics`` is a preset's
     name, or a mapping of op to variant in which the key ``preset`` names the preset to start from, and ``layers``
-    maps globs over layers to such mappings; left out, the environment decides.
+    maps globs over layers to such mappings; left out, the environment decides. With ``lora``, adapters are trained and
+    nothing else.
     """
 
     model: ModelConfig
     training: TrainConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
+    lora: LoraConfig | None = None
     weights: str | None = None
     numerics: Any = None
     checkpoint: CheckpointConfig = CheckpointConfig()

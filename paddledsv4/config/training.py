@@ -45,11 +45,13 @@ class TrainConfig(StrictConfig):
     ``gradient_accumulation_steps``, as all other losses are, so that the gradient is a mean over the global batch.
     ``megatron`` does not, as the reference: its gradient grows with the number of microbatches (spec 8.3).
     ``linear_cross_entropy``: head and loss in one, without the logits in memory; not with tensor parallelism.
+    ``expert_weight_format``: ``mxfp4`` keeps the routed experts packed and frozen; ``precision`` as everything else.
     """
 
     SECTION: ClassVar[str] = "training."
 
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    expert_weight_format: Literal["precision", "mxfp4"] = "precision"
     sequence_length: Count
     micro_batch_size: Count
     gradient_accumulation_steps: Count = 1

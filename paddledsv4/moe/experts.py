@@ -5,6 +5,7 @@ from __future__ import annotations
 from paddle import Tensor, nn
 
 from paddledsv4.distributed.group import Group
+from paddledsv4.moe.mxfp4 import expert_linears
 from paddledsv4.tensor_parallel.layers import GateAndLinear, RowParallelLinear
 from paddledsv4.tensor_parallel.region import share
 from paddledsv4.transformer.build import Build
@@ -16,13 +17,14 @@ class MLP(nn.Layer):
     The ranks of ``group`` split the intermediate features, and the output is each one's part of a sum.
     """
 
-    def __init__(self, build: Build, intermediate: int, group: Group):
+    def __init__(self, build: Build, intermediate: int, group: Group, linears=(GateAndLinear, RowParallelLinear)):
         super().__init__()
         self.ops = build.ops
         self.limit = build.config.swiglu_limit
         hidden = build.config.hidden_size
-        self.linear_fc1 = GateAndLinear(build.at("linear_fc1"), hidden, 2 * intermediate, group)
-        self.linear_fc2 = RowParallelLinear(build.at("linear_fc2"), intermediate, hidden, group)
+        fc1, fc2 = linears
+        self.linear_fc1 = fc1(build.at("linear_fc1"), hidden, 2 * intermediate, group)
+        self.linear_fc2 = fc2(build.at("linear_fc2"), intermediate, hidden, group)
 
     def forward(self, x: Tensor, prob: Tensor | None = None) -> Tensor:
         """x [..., C], prob [...] or None -> [..., C]."""
@@ -49,7 +51,7 @@ class Experts(nn.Layer):
         share(config.moe_intermediate_size, "moe_intermediate_size", group.size, "expert_tensor")
         local = local_experts(config.n_routed_experts, build.groups.expert)
         # Experts of other ranks are drawn and dropped, so that the initial weights do not depend on the layout.
-        drawn = ((e, MLP(build.at(f"local_experts.{e}"), config.moe_intermediate_size, group))
+        drawn = ((e, MLP(build.at(f"local_experts.{e}"), config.moe_intermediate_size, group, expert_linears(build)))
                  for e in range(config.n_routed_experts))
         self.local_experts = nn.LayerDict({str(e): expert for e, expert in drawn if e in local})
 

@@ -31,8 +31,8 @@ class Part:
 
 
 def parts(model: nn.Layer, groups: Groups) -> list[Part]:
-    """The dense parameters; then the experts, if other ranks share them."""
-    named = list(model.named_parameters())
+    """The dense parameters; then the experts, if other ranks share them. Frozen ones are left out."""
+    named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
     counted = frozenset(name for name, _ in named if groups.tensor.rank == 0 or split_of(name))
     if groups.expert_data.ranks == groups.replicas.ranks:
         return [Part(named, groups.replicas, groups.tensor, counted)]

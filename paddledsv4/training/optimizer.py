@@ -29,7 +29,8 @@ class ParameterState:
 
 
 class Optimizer:
-    """Order of the parameters: those with two or more dimensions (decayed), then the others (not decayed).
+    """Order of the parameters: those with two or more dimensions (decayed), then the others (not decayed); frozen ones
+    are left out.
 
     The global norm is taken in that order (spec section 13), of dense and expert parameters apart where experts are
     spread over ranks. ``sequence_parallel``: as the model was built.
@@ -71,7 +72,7 @@ class Optimizer:
         """
         self.gradients.average()
         sum_slices(self.sliced, self.tensor)
-        norms = [self.ops.grad_norm(gradients) for gradients in self.counted]
+        norms = [self.ops.grad_norm(gradients) if gradients else 0.0 for gradients in self.counted]
         norm = total_norm(self.shards, norms, self.states[0].main_grad.dtype)
         coefficient = self.clip / (norm + 1e-6) if self.clip else 1.0
         self.step_count += 1

@@ -10,21 +10,29 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from paddledsv4.config import ModelConfig, ParallelConfig, TrainConfig
+from paddledsv4.config import LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from paddledsv4.distributed.connect import check_same
 from paddledsv4.distributed.context_parallel import check_sequences
 from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.errors import UserError
 from paddledsv4.model import DTYPES, DeepseekV4Model
 from paddledsv4.moe.experts import local_experts
+from paddledsv4.moe.mxfp4 import with_packed_experts
 from paddledsv4.numerics.policy import Policy
+from paddledsv4.sft.lora import attach
 from paddledsv4.training.data import Microbatch, Source, TokenTable, first_row, rows_per_step
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.training.schedule import learning_rate
 from paddledsv4.training.step import StepResult, train_step
 from paddledsv4.transformer.build import unset_parameters
 from paddledsv4.weights.from_checkpoint import load_checkpoint
-from paddledsv4.weights.load import expert_index, load_megatron_state, weights_md5, without_other_experts
+from paddledsv4.weights.load import (
+    expert_index,
+    load_megatron_state,
+    named_tensors,
+    weights_md5,
+    without_other_experts,
+)
 from paddledsv4.weights.shards import shards_of_rank, split_of
 
 
@@ -38,6 +46,7 @@ class Trainer:
         tokens: integers [rows, sequence_length + 1], or another source of rows.
         initial_state: parameters and buffers under Megatron's names; None draws them from ``train.seed``.
         weights: a checkpoint of any format to start from instead, which each rank reads its part of.
+        lora: adapters to train in place of the model, which is frozen then, its expert biases included.
         parallel: the layout; ``groups``: what :func:`paddledsv4.distributed.connect.connect` gave for it.
 
     Raises:
@@ -56,7 +65,9 @@ class Trainer:
         parallel: ParallelConfig | None = None,
         groups: Groups = ALONE,
         weights: Path | None = None,
+        lora: LoraConfig | None = None,
     ):
+        train = train.replace(expert_bias_update_rate=0.0) if lora else train
         precision = precision or train.precision
         if precision not in DTYPES:
             raise UserError(f"precision {precision!r} cannot be run yet; choose one of: {', '.join(DTYPES)}")
@@ -75,14 +86,19 @@ class Trainer:
             )
         with unset_parameters() if weights else contextlib.nullcontext():
             self.model = DeepseekV4Model(
-                model, policy, precision, groups, sequence_parallel, train.linear_cross_entropy
+                model, policy, precision, groups, sequence_parallel, train.linear_cross_entropy,
+                train.expert_weight_format,
             )
         if weights:
             load_checkpoint(self.model, weights, groups)
         if initial_state is not None:
             here = local_experts(model.n_routed_experts, groups.expert)
             experts_here = without_other_experts(initial_state, here, model.n_routed_experts)
-            load_megatron_state(self.model, shards_of_rank(experts_here, groups))
+            load_megatron_state(self.model, with_packed_experts(shards_of_rank(experts_here, groups), self.model))
+        self.lora = lora
+        self.frozen = frozenset(named_tensors(self.model) if lora else ())
+        if lora:
+            attach(self.model, lora, train.seed)
         self.optimizer = Optimizer(self.model, train, groups, sequence_parallel)
         self.rows_skipped = 0
         if groups.world.size > 1:
@@ -95,6 +111,7 @@ class Trainer:
             UserError: on every rank, if one differs.
         """
         check_same(self.groups.world, {
+            "the lora section": self.lora.model_dump_json() if self.lora else "",
             "the model": self.model.config.model_dump_json(),
             "the training section": self.train_config.model_dump_json(),
             "the numerics policy": self.policy.fingerprint,
@@ -135,6 +152,11 @@ class Trainer:
         """The next step is the one after ``step`` and begins at row ``rows_seen`` of the source."""
         self.optimizer.step_count = step
         self.rows_skipped += rows_seen - self.rows_seen(step)
+
+    @functools.cached_property
+    def base_md5(self) -> str:
+        """MD5 of the frozen parameters that all ranks share: which model the adapters belong to."""
+        return weights_md5(self.model, lambda name: name in self.frozen and is_dense(name))
 
     def weights_md5(self) -> str:
         """MD5 over the raw bytes of all parameters in sorted name order."""

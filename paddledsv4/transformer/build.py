@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from paddledsv4.distributed.context_parallel import SequenceSlice
 from paddledsv4.distributed.group import ALONE, Group, Groups
 from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
+from paddledsv4.numerics.registry import Op
 from paddledsv4.ops.precision import accumulate_dtype
 from paddledsv4.tensor_parallel.region import OneRank, region
 from paddledsv4.transformer.documents import WHOLE_ROWS, WholeRows
@@ -24,7 +25,10 @@ from paddledsv4.transformer.documents import WHOLE_ROWS, WholeRows
 
 @dataclass(frozen=True)
 class Build:
-    """Config, numeric policy, parameter dtype and layout of ranks, with the path of the layer being built."""
+    """Config, numeric policy, parameter dtype and layout of ranks, with the path of the layer being built.
+
+    ``expert_weight_format``: "precision" or "mxfp4", see :mod:`paddledsv4.moe.mxfp4`.
+    """
 
     config: ModelConfig
     policy: Policy
@@ -32,6 +36,7 @@ class Build:
     groups: Groups = ALONE
     path: str = ""
     sequence_parallel: bool = False
+    expert_weight_format: str = "precision"
 
     def at(self, name: str) -> Build:
         """The same for the child ``name``."""
@@ -41,6 +46,11 @@ class Build:
     def ops(self) -> SimpleNamespace:
         """The ops of this layer, resolved: ``ops.rms_norm(x, weight, eps)``."""
         return self.policy.ops(self.path, emulate_bfloat16=needs_emulation(self.dtype))
+
+    def follow(self, fused: Op, op: str) -> Callable:
+        """The function of an op outside the table that goes with this layer's choice for ``op``."""
+        chosen = fused.variants.get(self.policy.at(self.path)[op], fused.variants["paddle"])
+        return (needs_emulation(self.dtype) and chosen.emulated) or chosen.function
 
     @property
     def tensor(self) -> OneRank:
@@ -97,6 +107,11 @@ def unset_parameters() -> Iterator[None]:
         _unset.reset(token)
 
 
+def parameters_are_unset() -> bool:
+    """Whether the model that is being built gets its weights from a checkpoint."""
+    return _unset.get()
+
+
 class Unset(nn.initializer.Initializer):
     """Memory of the right size, whatever it holds."""
 
@@ -106,7 +121,7 @@ class Unset(nn.initializer.Initializer):
 
 def parameter(shape: list[int], dtype: str, initializer: nn.initializer.Initializer) -> Tensor:
     """A trainable parameter, initialised."""
-    initializer = Unset() if _unset.get() else initializer
+    initializer = Unset() if parameters_are_unset() else initializer
     return paddle.create_parameter(shape, dtype=dtype, default_initializer=initializer)
 
 

@@ -89,24 +89,31 @@ class Conversion:
                 scale = partial(self._scales, tensor, packed)
                 yield tensor, Entry(storage.scale_name(self.format, name), kept.scale, shape, scale)
 
+    def copies(self, atom: Atom) -> bool:
+        """Whether the target has the very bytes of the source."""
+        return self.source.storage(atom) == self.storage(atom)
+
+    def values(self, atom: Atom, narrow: bool = False) -> np.ndarray:
+        """The numbers that the target is to have, where it has other bytes; as bfloat16 bits if ``narrow``."""
+        return self.source.values(atom, narrow)
+
     def _weights(self, tensor: Tensor, packed: _Recent) -> Iterator[np.ndarray]:
         for atom in tensor.atoms:
             kept = self.source.storage(atom)
-            same = kept == self.storage(atom)
-            yield self.source.read(self.source.weight(atom, kept)) if same else packed(atom)[0]
+            yield self.source.read(self.source.weight(atom, kept)) if self.copies(atom) else packed(atom)[0]
 
     def _scales(self, tensor: Tensor, packed: _Recent) -> Iterator[np.ndarray]:
         for atom in tensor.atoms:
             kept = self.source.storage(atom)
-            same = kept == self.storage(atom)
-            yield self.source.read(self.source.scale(atom, kept)) if same else packed(atom)[1]
+            yield self.source.read(self.source.scale(atom, kept)) if self.copies(atom) else packed(atom)[1]
 
     def _pack(self, atom: Atom) -> tuple[np.ndarray, np.ndarray | None]:
         wanted = self.storage(atom)
         if wanted.weight == "BF16":
-            weight, scale = self.source.values(atom, narrow=True), None
+            weight, scale = self.values(atom, narrow=True), None
         else:
-            weight, scale = storage.encode(self.source.values(atom), wanted)
+            with np.errstate(over="ignore"):
+                weight, scale = storage.encode(self.values(atom), wanted)
         try:
             storage.check_finite(wanted.weight, weight)
         except ValueError:

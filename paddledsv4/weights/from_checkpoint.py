@@ -8,6 +8,7 @@ and what goes wrong on one rank is an error on all.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import deque
@@ -23,7 +24,7 @@ from paddledsv4.distributed.connect import fail_together
 from paddledsv4.distributed.group import ALONE, Group, Groups
 from paddledsv4.errors import UserError
 from paddledsv4.model import DeepseekV4Model
-from paddledsv4.weights import storage
+from paddledsv4.weights import mxfp4, storage
 from paddledsv4.weights.load import named_tensors
 from paddledsv4.weights.names import Atom, expert_index, tensors
 from paddledsv4.weights.shards import shares_of, split_of
@@ -34,6 +35,7 @@ THREADS = min(4, os.cpu_count() or 1)  # that read and unpack; numpy lets them r
 DTYPES = {
     paddle.float64: ("F64", "int64"), paddle.float32: ("F32", "int32"), paddle.bfloat16: ("BF16", "int16"),
     paddle.int64: ("I64", "int64"), paddle.int32: ("I32", "int32"),
+    paddle.int8: ("I8", "int8"), paddle.uint8: ("F8_E8M0", "uint8"),
 }  # fmt: skip
 
 
@@ -109,6 +111,8 @@ class _Reader:
     def fill(self, name: str, tensor: Tensor, threads: Executor) -> Callable[[], None]:
         """Begin to read a tensor into its memory; of one that tensor ranks share out, its share. The result waits for
         the end and raises what went wrong."""
+        if tensor.dtype in (paddle.int8, paddle.uint8):
+            return functools.partial(self._fill_packed, name, tensor)
         dtype, shares = DTYPES[tensor.dtype][0], shares_of(name, self.groups)
         split = split_of(name) if shares.size > 1 else None
         shape, memory = self.table[name].shape, None if split else _memory(tensor)
@@ -133,6 +137,19 @@ class _Reader:
                 self.source.read_into(self.source.weight(atom, kept), piece)
             else:
                 piece[:] = self.source.values(atom, narrow=dtype == "BF16").reshape(-1)
+
+
+    def _fill_packed(self, name: str, tensor: Tensor) -> None:
+        """MXFP4 numbers or their scales: as they are stored, else made from what is stored, one atom at a time."""
+        atoms = self.table[name.removesuffix("_scale")].atoms
+        lent = np.empty(tensor.shape, storage.NUMPY[DTYPES[tensor.dtype][0]])
+        for atom, piece in zip(atoms, lent.reshape(len(atoms), -1), strict=True):
+            kept, scale = self.source.storage(atom), name.endswith("_scale")
+            if kept.weight == "I8":
+                self.source.read_into((self.source.scale if scale else self.source.weight)(atom, kept), piece)
+            else:
+                piece[:] = mxfp4.quantize(self.source.values(atom))[scale].reshape(-1)
+        tensor.set_value(lent)
 
 
 def _memory(tensor: Tensor) -> np.ndarray | None:

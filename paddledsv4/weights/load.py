@@ -59,8 +59,13 @@ def load_megatron_state(model: nn.Layer, state: Mapping[str, np.ndarray]) -> Non
 
 
 def weights_md5(model: nn.Layer, only: Callable[[str], bool] = lambda name: True) -> str:
-    """MD5 over the raw bytes of the parameters in sorted name order: of all, or of those that ``only`` chooses."""
+    """MD5 over the raw bytes of the parameters in sorted name order: of all, or of those that ``only`` chooses.
+
+    Packed weights are no parameters and count all the same.
+    """
     digest = hashlib.md5()
-    for _, parameter in sorted(item for item in model.named_parameters() if only(item[0])):
+    packed = ((name, tensor) for name, tensor in model.named_buffers() if tensor.dtype in (paddle.int8, paddle.uint8))
+    named = {name: tensor for name, tensor in [*model.named_parameters(), *packed] if only(name)}
+    for _, parameter in sorted(named.items()):
         digest.update(np.ascontiguousarray(parameter.numpy()).tobytes())
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from paddledsv4.host import prepare_host
 prepare_host(bitwise=True)
 
 import context_checks  # noqa: E402
+import lora_checks  # noqa: E402
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 import tensor_checks  # noqa: E402
@@ -280,7 +281,7 @@ def refused(says: str, function: Callable) -> None:
     raise AssertionError("nothing was refused")
 
 
-EVERYWHERE = globals() | vars(context_checks) | vars(tensor_checks)
+EVERYWHERE = globals() | vars(context_checks) | vars(lora_checks) | vars(tensor_checks)
 CHECKS = {name: function for name, function in EVERYWHERE.items() if name.startswith("check_")}
 
 

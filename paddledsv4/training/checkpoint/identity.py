@@ -23,7 +23,8 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     microbatches = training.pop("gradient_accumulation_steps") * trainer.parallel.data
     if trainer.train_config.optimizer.schedule == "constant":
         del training["steps"]
-    return {
+    adapted = {"lora": trainer.lora.model_dump(mode="json") | {"base": trainer.base_md5}} if trainer.lora else {}
+    return adapted | {
         "model": trainer.model.config.model_dump(mode="json"),
         "training": training,
         "gradient_accumulation_steps x data": microbatches,

@@ -2,7 +2,7 @@
 
 Tensors: ``model/NAME`` parameters and persistent buffers (expert bias, hash tables), ``m/NAME`` and ``v/NAME`` the
 moments, ``master/NAME`` where the optimizer updates a wider copy. Main gradients and token counts are zero between
-steps.
+steps. With LoRA, the model is the adapters alone.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ SAFETENSORS = {
 
 
 def state(trainer: Trainer) -> Iterator[tuple[Piece, Tensor]]:
-    """Everything that this rank holds."""
+    """Everything that this rank holds but what is frozen beneath adapters."""
     groups = trainer.groups
     for name, tensor in named_tensors(trainer.model).items():
-        yield _piece("model", name, tensor, groups), tensor
+        if name not in trainer.frozen:
+            yield _piece("model", name, tensor, groups), tensor
     for kept in trainer.optimizer.states:
         own = {"m": kept.m, "v": kept.v}
         if kept.master.dtype != kept.parameter.dtype:
