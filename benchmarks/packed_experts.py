@@ -1,7 +1,7 @@
 """Frozen experts in MXFP4 beside the same experts unpacked: peak memory and time of a step that trains adapters.
 
 256 experts of 98,304 parameters in each of two layers, 8 of them for each token. Each side runs in a process of its
-own. Time is that of a step of 4096 tokens, 128 for an expert: CPU seconds, the fastest step, since other load only adds.
+own. Time is that of a step of 4096 tokens, 128 for an expert: CPU seconds of the fastest step.
 Memory is what Paddle had allocated at its peak in a step of 64 tokens, in which experts dominate, weights included;
 numpy's temporaries, one expert's weight at a time, come on top.
 """
