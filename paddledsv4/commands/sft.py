@@ -44,7 +44,7 @@ def sft(
     [bold]weights[/] can be trained from, or converted with [bold]paddledsv4 convert[/]. Many ranks as with
     [bold]paddledsv4 train[/].
     """
-    from paddledsv4.sft.prepare_run import sources
+    from paddledsv4.sft.load import sources
     from paddledsv4.sft.recipe import SftRecipe
     from paddledsv4.sft.tokenizer import load_tokenizer
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.errors import UserError
 from paddledsv4.model import DeepseekV4Model
-from paddledsv4.ops.precision import dtype_name
-from paddledsv4.training.checkpoint.state import SAFETENSORS
+from paddledsv4.weights.from_checkpoint import DTYPES
 from paddledsv4.weights.load import named_tensors
 from paddledsv4.weights.shards import gather_full
 from paddledsv4.weights.writer import Entry, Folder, shards
@@ -37,7 +36,7 @@ def save_model(model: DeepseekV4Model, target: Path, groups: Groups = ALONE, als
     tensors = named_tensors(model)
     arrays = gather_full(tensors, groups)
     entries = [
-        Entry(name, SAFETENSORS[dtype_name(tensor)], arrays[name].shape, lambda name=name: [arrays[name]])
+        Entry(name, DTYPES[tensor.dtype][0], arrays[name].shape, lambda name=name: [arrays[name]])
         for name, tensor in tensors.items()
     ]
     if groups.world.rank == 0:

@@ -11,7 +11,7 @@ pytest.importorskip("tokenizers", reason="needs paddledsv4[sft]")
 from sft_runs import sft_recipe
 
 from paddledsv4.numerics.policy import Policy, installed
-from paddledsv4.sft.prepare_run import sources
+from paddledsv4.sft.load import sources
 from paddledsv4.sft.recipe import SftRecipe
 from paddledsv4.training.evaluation import evaluate
 from paddledsv4.training.runlog import read_log

@@ -17,7 +17,7 @@ from sft_runs import conversation, sft_recipe
 from paddledsv4.cli import main
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.sft import tokenizer
-from paddledsv4.sft.prepare_run import sources
+from paddledsv4.sft.load import sources
 from paddledsv4.sft.recipe import SftRecipe
 from paddledsv4.sft.source import PackedSource
 from paddledsv4.training import trainer as trainer_module
