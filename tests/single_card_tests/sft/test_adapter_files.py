@@ -8,6 +8,7 @@ import pytest
 from checkpoints import config as saving
 from checkpoints import numbers, state_bytes
 from packed import trainer
+from reference import ROOT
 from reference import TINY as CONFIG
 from safetensors.numpy import load_file, save_file
 from test_cli import run
@@ -184,3 +185,14 @@ def test_another_base_is_refused(tmp_path):
     head.set_value(head + 1.0)
     with pytest.raises(UserError, match="lora.base"):
         go(other, tmp_path, str(tmp_path))
+
+
+def test_the_command_leaves_the_adapters(tmp_path, capsys):
+    text = (ROOT / "configs" / "tiny.yaml").read_text().replace("../align", str(ROOT / "align"))
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(text.replace("precision: fp32", "precision: fp32\n  expert_weight_format: mxfp4")
+                      + "\nlora: {r: 4, target_modules: all-linear}\n")  # fmt: skip
+    assert run("train", "--config", recipe, "--steps", 1, "--out", tmp_path / "run") == 0
+    saved = SavedAdapter.read(tmp_path / "run" / "adapter")
+    assert saved.config == LoraConfig(r=4, target_modules="all-linear")
+    assert any(name.endswith("lora_B.weight") and array.any() for name, array in saved.tensors.items())
