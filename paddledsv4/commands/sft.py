@@ -81,11 +81,13 @@ def sft(
                 train_and_log(trainer, results, [*notes, *more], recipe, folder)
             else:
                 deque(results, maxlen=0)
+        told = Console(highlight=False, quiet=groups.world.rank > 0)
         if recipe.lora:
             save_adapter(trainer.model, recipe.lora, folder / "adapter", groups, recipe.weights)
+            told.print(f"adapter {folder / 'adapter'}", soft_wrap=True)
             if recipe.export and groups.world.size == 1:
                 save_merged(trainer.model, recipe.lora, weights)
+                told.print(f"weights {weights}, the adapter added", soft_wrap=True)
         elif recipe.export:
             size = save_model(trainer.model, weights, groups, (load_tokenizer(recipe.data.tokenizer).path,))
-            if groups.world.rank == 0:
-                Console(highlight=False).print(f"weights {weights} ({size / 1e6:,.1f} MB)", soft_wrap=True)
+            told.print(f"weights {weights} ({size / 1e6:,.1f} MB)", soft_wrap=True)

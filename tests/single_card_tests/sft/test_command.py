@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="needs paddledsv4[sft]")
 
+from safetensors.numpy import load_file
 from sft_runs import conversation, sft_recipe
 
 from paddledsv4.cli import main
@@ -191,3 +192,23 @@ def test_help_has_examples(capsys):
     with pytest.raises(SystemExit):
         main(["sft", "--help"])
     assert "paddledsv4 sft --config configs/sft-tiny.yaml" in capsys.readouterr().out
+
+
+def test_the_recipe_for_flash_is_a_recipe():
+    """It is not run here; its fields have to fit each other and the model."""
+    recipe = SftRecipe.from_file(ROOT / "configs" / "sft-flash-lora-mxfp4.yaml")
+    assert recipe.model.n_routed_experts % recipe.parallel.expert == 0
+    assert recipe.training.expert_weight_format == "mxfp4" and recipe.training.linear_cross_entropy
+    assert recipe.lora and not recipe.export
+
+
+def test_adapters_are_trained_left_and_merged(tmp_path, finished):
+    """LoRA on the weights of a run: an adapter beside the log, and weights in which it has been added."""
+    base = finished[1] / "weights"
+    recipe = sft_recipe(tmp_path, weights=str(base), lora={"r": 2})
+    assert run(recipe, "--steps", "2", "--out", tmp_path / "tuned") == 0
+    assert (tmp_path / "tuned" / "adapter" / "adapter_model.safetensors").exists()
+    before, after = (load_file(next(folder.glob("*.safetensors"))) for folder in (base, tmp_path / "tuned" / "weights"))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed
+    assert all(name.endswith("weight") and "layernorm" not in name for name in changed), changed
