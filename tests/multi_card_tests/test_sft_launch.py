@@ -47,7 +47,7 @@ def test_ranks_with_fewer_rows_evaluate_with_the_others(tmp_path):
     assert step["evaluation"] == pytest.approx(evaluate(alone, held), rel=1e-4)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_packed_documents_on_tensor_ranks(tmp_path, sequence_parallel):
     layout = {"parallel": {"world_size": 2, "tensor": 2, "sequence_parallel": sequence_parallel}}
     recipe = SftRecipe.from_file(sft_recipe(tmp_path, **layout))
