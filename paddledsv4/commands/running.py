@@ -68,7 +68,7 @@ def train_and_log(
     ranks = f", {recipe.parallel.world_size} ranks" if recipe.parallel.world_size > 1 else ""
     size = f"{model_info(recipe.model).parameters:,} parameters, {training.precision}{ranks}"
     console.print(f"{size}, numerics {policy.name} ({policy.fingerprint})", highlight=False)
-    for note in notes:
+    for note in [*policy.remarks, *notes]:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     try:
         _steps(results, trainer.train_config.steps, log)

@@ -11,15 +11,14 @@ of some layers (see :mod:`paddledsv4.numerics.rules`)::
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from paddledsv4.errors import UserError
-from paddledsv4.numerics.registry import OPS, Op, load_all
+from paddledsv4.numerics.registry import OPS, Op, installed, load_all
 from paddledsv4.numerics.rules import LayerRule, Overrides, layer_rules
 from paddledsv4.numerics.settings import SETTINGS
 
@@ -29,14 +28,17 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "hf": ("hf", "paddle"),
     "megatron": ("megatron",),
     "torch": ("torch",),
+    "auto": ("fused", "paddle"),
 }
 PRESET_NOTES = {
     "paddle": "fast native Paddle operations",
     "plain": "the textbook formula of every op, differentiated by Paddle's autograd: the definition to test against",
     "megatron": "Megatron's order of operations, casts and gradient sums, on Paddle's kernels",
     "torch": "the same order on torch's kernels: bit-identical where Megatron itself runs on torch",
+    "auto": "the fused kernel of every op that has one and can run it here, paddle otherwise; says which and why not",
     "hf": "as Hugging Face transformers and DeepSeek's own code place epsilons, for their weights",
 }
+AUTO = "auto"  # the one preset that asks what the machine can do
 PREFIX = "PADDLEDSV4_"
 PRESET_VARIABLE = PREFIX + "NUMERICS"
 LAYERS_VARIABLE = PREFIX + "NUMERICS_LAYERS"
@@ -52,6 +54,7 @@ class Policy:
     name: str
     choices: Mapping[str, str]
     layers: tuple[LayerRule, ...] = ()
+    passed_over: Mapping[str, str] = field(default_factory=dict, compare=False)  # op -> why auto left its kernel out
 
     @classmethod
     def preset(cls, name: str = "paddle", overrides: Mapping[str, str] | None = None,
@@ -67,17 +70,19 @@ class Policy:
         ops, overrides = load_all(), dict(overrides or {})
         for op in overrides:
             _known(op)
-        choices = {}
+        choices, passed_over = {}, {}
         for op in ops.values():
-            choice = overrides.get(op.name) or next(v for v in (*PRESETS[name], "paddle") if v in op.variants)
-            _usable(op, choice)
-            choices[op.name] = choice
+            candidates = [op.variants[v] for v in (*PRESETS[name], "paddle") if v in op.variants]
+            if name == AUTO and op.name not in overrides and (missing := candidates[0].missing()):
+                passed_over[op.name] = f"{candidates.pop(0).name}: {missing}"
+            choices[op.name] = overrides.get(op.name) or candidates[0].name
+            _usable(op, choices[op.name])
         kept: dict[tuple[str, str], LayerRule] = {}
         for rule in layers:
             _usable(_known(rule.op), rule.variant)
             kept.pop((rule.glob, rule.op), None)
             kept[rule.glob, rule.op] = rule
-        return cls(name, choices, tuple(kept.values()))
+        return cls(name, choices, tuple(kept.values()), passed_over)
 
     @classmethod
     def from_env(cls, preset: str | None = None, overrides: Overrides | Mapping[str, str] | None = None,
@@ -132,6 +137,14 @@ class Policy:
                 )
 
     @property
+    def remarks(self) -> list[str]:
+        """One line for each reason why ops do not use their kernel, with those ops."""
+        ops: dict[str, list[str]] = {}
+        for op, reason in sorted(self.passed_over.items()):
+            ops.setdefault(reason, []).append(op)
+        return [f"{self.name}: not {reason} ({', '.join(names)})" for reason, names in ops.items()]
+
+    @property
     def label(self) -> str:
         """The preset's name; with the fingerprint when anything deviates from the preset. Fit for a file's name."""
         pure = not self.layers and self.choices == Policy.preset(self.name).choices
@@ -166,17 +179,12 @@ def _usable(op: Op, choice: str) -> None:
     """Raise unless ``op`` has the variant and what it needs is installed."""
     if choice not in op.variants:
         raise UserError(f"numerics: op {op.name} has no variant {choice!r}; it has: {', '.join(op.variants)}")
-    needs = op.variants[choice].needs
-    if needs and not installed(needs):
+    variant = op.variants[choice]
+    if variant.needs and not installed(variant.needs):
         raise UserError(
-            f"numerics: variant {choice} of op {op.name} needs {needs}, which is not installed: "
-            f'pip install "paddledsv4[{needs}]", or choose another preset, such as megatron'
+            f"numerics: variant {choice} of op {op.name} needs {variant.needs}, which is not installed: "
+            f'pip install "paddledsv4[{variant.needs}]", or choose another preset, such as megatron'
         )
+    if missing := variant.missing():
+        raise UserError(f"numerics: variant {choice} of op {op.name} cannot run here: {missing}; choose another one")
 
-
-def installed(package: str) -> bool:
-    """Whether ``package`` can be imported; it is not imported."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False

@@ -11,10 +11,24 @@ or speed. A file of ``paddledsv4/ops`` defines its op and registers the variants
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from paddledsv4.numerics.bfloat16 import at_the_boundary
+
+
+def installed(package: str) -> bool:
+    """Whether ``package`` can be imported; it is not imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def runs_anywhere() -> str:
+    """Nothing speaks against it."""
+    return ""
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class Variant:
         needs: the package that must be installed, "" for none beyond the requirements.
         same_bits: why, in float32 on a CPU, this variant gives the bits of ``megatron``; "" where it does not.
         emulated: the function for bfloat16 on a device without bfloat16 kernels.
+        refuses: why it cannot run on this machine, "" where it can; asked when the variant is chosen.
     """
 
     name: str
@@ -34,6 +49,13 @@ class Variant:
     needs: str = ""
     same_bits: str = ""
     emulated: Callable | None = None
+    refuses: Callable[[], str] = runs_anywhere
+
+    def missing(self) -> str:
+        """What this machine lacks for the variant, in a few words; "" if nothing."""
+        if self.needs and not installed(self.needs):
+            return f"{self.needs} is not installed"
+        return self.refuses()
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,8 @@ class Op:
     variants: dict[str, Variant] = field(default_factory=dict)
 
     def variant(
-        self, name: str, note: str, needs: str = "", same_bits: str = "", emulated: Callable | None = None
+        self, name: str, note: str, needs: str = "", same_bits: str = "", emulated: Callable | None = None,
+        refuses: Callable[[], str] = runs_anywhere,
     ) -> Callable[[Callable], Callable]:
         """Register the decorated function as variant ``name``; the arguments are those of :class:`Variant`.
 
@@ -62,7 +85,7 @@ class Op:
             if name in self.variants:
                 raise ValueError(f"op {self.name} already has a variant {name}")
             narrow = emulated or at_the_boundary(function, self.outputs, self.wide)
-            self.variants[name] = Variant(name, function, note, needs, same_bits, narrow)
+            self.variants[name] = Variant(name, function, note, needs, same_bits, narrow, refuses)
             return function
 
         return register
@@ -88,6 +111,6 @@ def define(
 
 def load_all() -> dict[str, Op]:
     """Import every op, so that the table is complete, and return it."""
-    import paddledsv4.ops  # noqa: F401  (importing registers)
+    import paddledsv4.fusions.variants  # noqa: F401  (importing registers, and imports the ops)
 
     return OPS

@@ -17,6 +17,21 @@ def test_every_preset_chooses_a_variant_of_every_op(name):
     assert set(vars(policy.ops())) == set(ops)
 
 
+def test_auto_takes_a_kernel_where_it_runs_and_says_why_not_elsewhere(monkeypatch):
+    here = Policy.preset("auto")
+    assert here.choices["rms_norm"] == "paddle" and here.choices["sinkhorn"] == Policy.preset().choices["sinkhorn"]
+    assert any("no GPU" in line and "rms_norm" in line for line in here.remarks)
+    assert not Policy.preset("paddle").remarks and not Policy.preset("auto", {"rms_norm": "plain"}).passed_over.get(
+        "rms_norm"
+    )
+    pytest.importorskip("triton")
+    with pytest.raises(UserError, match="fused of op rms_norm cannot run here: no GPU"):
+        Policy.preset("paddle", {"rms_norm": "fused"})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    there = Policy.preset("auto")
+    assert there.choices["rms_norm"] == "fused" and "rms_norm" not in there.passed_over
+
+
 def test_every_op_has_a_native_variant_and_says_what_it_is():
     for op in load_all().values():
         assert "paddle" in op.variants, op.name

@@ -24,10 +24,15 @@ def same_bits(op, one: str, other: str) -> bool:
     return all(name == BASE or op.variants[name].same_bits for name in (one, other))
 
 
+def runnable(op) -> list[str]:
+    """The variants that this machine can run; those on torch are skipped by their mark."""
+    return [variant.name for variant in op.variants.values() if variant.name == "torch" or not variant.missing()]
+
+
 def flips() -> list[tuple[str, str, str]]:
     """(preset, op, variant): from the base to every other variant, and from torch to paddle."""
     ops = OPS.values()
-    found = [(BASE, op.name, variant) for op in ops for variant in op.variants if variant != BASE]
+    found = [(BASE, op.name, variant) for op in ops for variant in runnable(op) if variant != BASE]
     return found + [("torch", op.name, "paddle") for op in ops]
 
 
@@ -93,6 +98,6 @@ def test_a_step_repeats_its_bits():
 
 def test_no_op_is_left_out():
     for op in OPS.values():
-        assert {v for p, name, v in EQUAL + DIFFERENT if (p, name) == (BASE, op.name)} == set(op.variants) - {BASE}
+        assert {v for p, name, v in EQUAL + DIFFERENT if (p, name) == (BASE, op.name)} == set(runnable(op)) - {BASE}
         assert ("torch", op.name, "paddle") in EQUAL + DIFFERENT
     assert not set(EQUAL) & set(DIFFERENT)

@@ -1,5 +1,6 @@
 """The printed table, the README's copy of it, and what works without torch."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +11,6 @@ from reference import ROOT
 
 from paddledsv4.cli import main
 from paddledsv4.errors import UserError
-from paddledsv4.numerics import policy as policy_module
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.numerics.registry import load_all
 from paddledsv4.numerics.rules import LayerRule
@@ -102,7 +102,7 @@ def test_help_has_examples(capsys):
     ],
 )
 def test_torch_that_is_not_installed_is_said_when_the_policy_is_resolved(monkeypatch, choice):
-    monkeypatch.setattr(policy_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'needs torch, which is not installed: pip install "paddledsv4\[torch\]"'):
         Policy.preset(**choice)
     assert Policy.preset("megatron").name == "megatron"

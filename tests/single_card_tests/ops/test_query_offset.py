@@ -4,15 +4,14 @@ import numpy as np
 import paddle
 import pytest
 
-from paddledsv4.numerics.policy import installed
 from paddledsv4.numerics.registry import load_all
 
 OPS = load_all()
 LENGTH, WINDOW, RATIO = 22, 4, 4
 CUTS = [(0, 3), (3, 4), (4, 13), (13, 22)]  # within the first window, at its end, across several, to the end
 VARIANTS = [
-    (op, name) for op in ("sparse_attention", "indexer_topk", "indexer_loss") for name in OPS[op].variants
-    if name != "torch" or installed("torch")
+    (op, variant.name) for op in ("sparse_attention", "indexer_topk", "indexer_loss")
+    for variant in OPS[op].variants.values() if not variant.missing()
 ]
 
 
