@@ -12,7 +12,6 @@ import paddle
 from paddle import Tensor
 
 from paddledsv4.distributed.group import Group
-from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import Op
@@ -30,10 +29,7 @@ def cross_entropy(build: Build) -> Callable[[Tensor, Tensor], Tensor]:
     group = build.groups.tensor
     if group.size == 1:
         return build.ops.cross_entropy
-    choice = build.policy.at(build.path)["cross_entropy"]
-    variant = vocab_parallel.variants.get(choice) or vocab_parallel.variants["paddle"]
-    function = variant.emulated if needs_emulation(build.dtype) else variant.function
-    return functools.partial(function, group=group)
+    return functools.partial(build.follow(vocab_parallel, "cross_entropy"), group=group)
 
 
 @vocab_parallel.variant("paddle", "softmax kept for a hand-written backward")

@@ -48,7 +48,8 @@ class Build:
         return self.policy.ops(self.path, emulate_bfloat16=needs_emulation(self.dtype))
 
     def follow(self, fused: Op, op: str) -> Callable:
-        """The function of an op outside the table that goes with this layer's choice for ``op``."""
+        """The function of an op outside the table that goes with this layer's choice for ``op``, ``paddle`` where it
+        has none of that name."""
         chosen = fused.variants.get(self.policy.at(self.path)[op], fused.variants["paddle"])
         return (needs_emulation(self.dtype) and chosen.emulated) or chosen.function
 
