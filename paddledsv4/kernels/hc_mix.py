@@ -11,6 +11,8 @@ import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
 
+MOST = 1024
+
 
 @triton.jit
 def _aggregate(x, h, y, C, N: tl.constexpr, BLOCK: tl.constexpr):
@@ -22,18 +24,24 @@ def _aggregate(x, h, y, C, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _within_threads(v, N: tl.constexpr, BLOCK: tl.constexpr):
+    """[N, BLOCK] -> [N, BLOCK / 8]: the sums over the 8 neighbours that one thread has loaded."""
+    return tl.sum(tl.reshape(v, [N, BLOCK // 8, 8]), 2)
+
+
+@triton.jit
 def _aggregate_backward(dy, x, h, dx, dh, C, N: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, N)
-    gate, dgate = tl.load(h + t * N + n).to(tl.float32), tl.zeros([N], tl.float32)
+    gate, dgate = tl.load(h + t * N + n).to(tl.float32), tl.zeros([N, BLOCK // 8], tl.float32)
     for first in range(0, C, BLOCK):
         c = first + tl.arange(0, BLOCK)
         at, inside = t * (N * C) + n[:, None] * C + c[None, :], (c < C)[None, :]
         v = tl.load(x + at, inside, 0.0).to(tl.float32)
         g = tl.load(dy + t * C + c, c < C, 0.0).to(tl.float32)
         tl.store(dx + at, (gate[:, None] * g[None, :]).to(dx.dtype.element_ty), inside)
-        dgate += tl.sum(v * g[None, :], 1)
-    tl.store(dh + t * N + n, dgate.to(dh.dtype.element_ty))
+        dgate += _within_threads(v * g[None, :], N, BLOCK)
+    tl.store(dh + t * N + n, tl.sum(dgate, 1).to(dh.dtype.element_ty))
 
 
 @triton.jit
@@ -51,26 +59,32 @@ def _mix(h, x, post, o, y, C, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mix_backward(dy, h, x, post, o, dh, dx, dpost, do, C, N: tl.constexpr, BLOCK: tl.constexpr):
+    """``dgates[j]`` and ``dposts[j]``: column j of dh and entry j of dpost, before their last sum."""
     t = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, N)
-    dgates = tl.zeros([N, N], tl.float32)
-    dposts = tl.zeros([N], tl.float32)
+    dgates, dposts = (), ()
+    for _ in tl.static_range(N):
+        dgates = dgates + (tl.zeros([N, BLOCK // 8], tl.float32),)
+        dposts = dposts + (tl.zeros([1, BLOCK // 8], tl.float32),)
     for first in range(0, C, BLOCK):
-        c = first + tl.arange(0, BLOCK)
-        at, inside = t * (N * C) + n[:, None] * C + c[None, :], (c < C)[None, :]
+        c = first + tl.arange(0, BLOCK)[None, :]
+        at, inside = t * (N * C) + n[:, None] * C + c, c < C
         v = tl.load(x + at, inside, 0.0).to(tl.float32)
-        out = tl.load(o + t * C + c, c < C, 0.0).to(tl.float32)
-        dv, dout = tl.zeros([N, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        out = tl.load(o + t * C + c, inside, 0.0).to(tl.float32)
+        dv, dout = tl.zeros([N, BLOCK], tl.float32), tl.zeros([1, BLOCK], tl.float32)
+        old_gates, old_posts = dgates, dposts
+        dgates, dposts = (), ()
         for j in tl.static_range(N):
-            g = tl.load(dy + (t * N + j) * C + c, c < C, 0.0).to(tl.float32)
-            dv += tl.load(h + t * (N * N) + n * N + j).to(tl.float32)[:, None] * g[None, :]
+            g = tl.load(dy + (t * N + j) * C + c, inside, 0.0).to(tl.float32)
+            dv += tl.load(h + t * (N * N) + n * N + j).to(tl.float32)[:, None] * g
             dout += tl.load(post + t * N + j).to(tl.float32) * g
-            dgates += tl.where(n[None, :] == j, tl.sum(v * g[None, :], 1)[:, None], 0.0)
-            dposts += tl.where(n == j, tl.sum(out * g, 0), 0.0)
+            dgates = dgates + (old_gates[j] + _within_threads(v * g, N, BLOCK),)
+            dposts = dposts + (old_posts[j] + _within_threads(out * g, 1, BLOCK),)
         tl.store(dx + at, dv.to(dx.dtype.element_ty), inside)
-        tl.store(do + t * C + c, dout.to(do.dtype.element_ty), c < C)
-    tl.store(dh + t * (N * N) + n[:, None] * N + n[None, :], dgates.to(dh.dtype.element_ty))
-    tl.store(dpost + t * N + n, dposts.to(dpost.dtype.element_ty))
+        tl.store(do + t * C + c, dout.to(do.dtype.element_ty), inside)
+    for j in tl.static_range(N):
+        tl.store(dh + t * (N * N) + n * N + j, tl.sum(dgates[j], 1).to(dh.dtype.element_ty))
+        tl.store(dpost + t * N + j + tl.arange(0, 1), tl.sum(dposts[j], 1).to(dpost.dtype.element_ty))
 
 
 def _like(carrier: Carrier, *tensors: T) -> list[T]:
@@ -114,5 +128,5 @@ def mix_backward(carrier: Carrier, dy: T, h_res: T, streams: T, h_post: T, outpu
     tokens, width = output.shape
     dh, dstreams, dpost, doutput = _like(carrier, h_res, streams, h_post, output)
     carrier.launch(_mix_backward, (tokens,), dy, h_res, streams, h_post, output, dh, dstreams, dpost, doutput, width,
-                   N=h_post.shape[1], **_block(width, 4096))
+                   N=h_post.shape[1], **_block(width, MOST))
     return dh, dstreams, dpost, doutput

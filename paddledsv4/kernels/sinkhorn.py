@@ -1,7 +1,7 @@
 """Sinkhorn normalisation of n x n matrices in registers: softmax, then columns and rows in turn. Spec section 4.3.
 
-eps is added to the entries after the softmax, and to every sum. Backward computes the iterations anew and keeps their
-sums, 2n numbers an iteration; the matrices come back from the last one by multiplying with them.
+eps is added to the entries after the softmax, and to every sum. Backward computes the iterations anew and keeps one over
+their sums, 2n numbers an iteration; the matrices come back from the last one by dividing by these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _softmax(logits, at, inside, eps):
     """Matrices [TOKENS, N, N] in float32 and the maxima's exponentials over their row sums, without eps."""
     v = tl.load(logits + at, inside, 0.0).to(tl.float32)
     e = tl.exp(v - tl.max(v, 2, keep_dims=True))
-    return e / tl.sum(e, 2, keep_dims=True)
+    return e * (1.0 / tl.sum(e, 2, keep_dims=True))
 
 
 @triton.jit
@@ -28,38 +28,38 @@ def _forward(logits, out, tokens, eps, ITERATIONS: tl.constexpr, N: tl.constexpr
     at = t * (N * N) + tl.arange(0, N)[None, :, None] * N + tl.arange(0, N)[None, None, :]
     inside = t < tokens
     m = _softmax(logits, at, inside, eps) + eps
-    m /= tl.sum(m, 1, keep_dims=True) + eps
+    m *= 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
     for _ in range(ITERATIONS - 1):
-        m /= tl.sum(m, 2, keep_dims=True) + eps
-        m /= tl.sum(m, 1, keep_dims=True) + eps
+        m *= 1.0 / (tl.sum(m, 2, keep_dims=True) + eps)
+        m *= 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
     tl.store(out + at, m.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _backward(dout, logits, dlogits, tokens, eps, ITERATIONS: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr):
-    """Of m / d with d the sums of m over an axis, plus eps: (g - sum(g m / d)) / d."""
+    """The gradient of m f, f one over the sums of m along an axis: (g - sum(g m f)) f."""
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
     at = t * (N * N) + tl.arange(0, N)[None, :, None] * N + tl.arange(0, N)[None, None, :]
     inside = t < tokens
     p = _softmax(logits, at, inside, eps)
     m = p + eps
-    first = tl.sum(m, 1, keep_dims=True) + eps
-    m /= first
-    sums = ()
+    first = 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
+    m *= first
+    factors = ()
     for _ in tl.static_range(ITERATIONS - 1):
-        rows = tl.sum(m, 2, keep_dims=True) + eps
-        m /= rows
-        columns = tl.sum(m, 1, keep_dims=True) + eps
-        m /= columns
-        sums = sums + (rows, columns)
+        rows = 1.0 / (tl.sum(m, 2, keep_dims=True) + eps)
+        m *= rows
+        columns = 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
+        m *= columns
+        factors = factors + (rows, columns)
     g = tl.load(dout + at, inside, 0.0).to(tl.float32)
     for k in tl.static_range(ITERATIONS - 1):
-        rows, columns = sums[2 * (ITERATIONS - 2 - k)], sums[2 * (ITERATIONS - 2 - k) + 1]
-        g = (g - tl.sum(g * m, 1, keep_dims=True)) / columns
-        m *= columns
-        g = (g - tl.sum(g * m, 2, keep_dims=True)) / rows
-        m *= rows
-    g = (g - tl.sum(g * m, 1, keep_dims=True)) / first
+        rows, columns = factors[2 * (ITERATIONS - 2 - k)], factors[2 * (ITERATIONS - 2 - k) + 1]
+        g = (g - tl.sum(g * m, 1, keep_dims=True)) * columns
+        m *= 1.0 / columns
+        g = (g - tl.sum(g * m, 2, keep_dims=True)) * rows
+        m *= 1.0 / rows
+    g = (g - tl.sum(g * m, 1, keep_dims=True)) * first
     g = (g - tl.sum(g * p, 2, keep_dims=True)) * p
     tl.store(dlogits + at, g.to(dlogits.dtype.element_ty), inside)
 
