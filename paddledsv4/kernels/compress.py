@@ -42,7 +42,7 @@ def _window(kv, score, ape, g, batch, c, groups, tokens, batches, ratio, D, OVER
     top = tl.max(logit, 0)
     weight = tl.exp(logit - tl.where(top == float("-inf"), 0.0, top)[None, :])
     total = tl.sum(weight, 0)
-    weight *= tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
+    weight *= (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
     return tl.load(kv + at, pooled, 0.0).to(tl.float32), weight, at, real
 
 
@@ -57,13 +57,14 @@ def _forward(kv, score, ape, out, groups, tokens, batches, ratio, D,
 
 
 @triton.jit
-def _backward(dout, kv, score, ape, dkv, dscore, parts, groups, windows, tokens, batches, ratio, D, each,
+def _backward(dout, kv, score, ape, dkv, dscore, parts, groups, tokens, batches, ratio, D, each,
               OVERLAP: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     """``each`` windows of one batch entry, and their part of dape."""
     first, batch = tl.program_id(0) * each, tl.program_id(2)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     part = tl.zeros([W, BLOCK], tl.float32)
-    for g in range(first, min(first + each, windows)):
+    for k in range(each):
+        g = first + k
         v, weight, at, real = _window(kv, score, ape, g, batch, c, groups, tokens, batches, ratio, D, OVERLAP, W)
         dy = tl.load(dout + (g.to(tl.int64) * batches + batch) * D + c, (c < D) & (g < groups), 0.0).to(tl.float32)
         dv = dy[None, :] * weight
@@ -103,6 +104,6 @@ def backward(carrier: Carrier, dout: T, kv: T, score: T, ape: T, ratio: int, ove
     each = triton.cdiv(windows * blocks, PROGRAMS)
     count = triton.cdiv(windows, each)
     parts = carrier.empty([count * batches, ratio, wide], "float32", kv)
-    carrier.launch(_backward, (count, blocks, batches), dout, kv, score, ape, dkv, dscore, parts, groups, windows,
-                   tokens, batches, ratio, width, each, **tile)
+    carrier.launch(_backward, (count, blocks, batches), dout, kv, score, ape, dkv, dscore, parts, groups, tokens,
+                   batches, ratio, width, each, **tile)
     return dkv, dscore, add_parts(carrier, parts, ape.shape, carrier.dtype(ape))

@@ -13,6 +13,11 @@ import triton.language as tl
 from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.reduction import add_parts
 
+TERMS = 3  # bfloat16 numbers that make a float32 one
+FORWARD = {"TOKENS": 128, "BLOCK": 64, "STAGES": 3, "num_warps": 8}
+BACKWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
+PROGRAMS = 256, 512  # at least so many programs, forward and backward, for few tokens
+
 
 @triton.jit
 def product(a, b, total, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, TERMS: tl.constexpr):
@@ -56,12 +61,12 @@ def _project(x, w, proj, squares, rows, K, M, each, SPLIT: tl.constexpr, TERMS: 
 def _finish(parts, squares, proj, r, root, rows, K, M, eps, count, TOKENS: tl.constexpr, MP: tl.constexpr):
     """Adds the parts. root = |x| / sqrt(K), r = 1 / (root + eps)."""
     t, m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, MP)
-    inside = (t < rows)[:, None] & (m < M)[None, :]
+    inside, at = (t < rows)[:, None] & (m < M)[None, :], t.to(tl.int64)
     total, square = tl.zeros([TOKENS, MP], tl.float32), tl.zeros([TOKENS], tl.float32)
-    for k in range(count):
-        at = k.to(tl.int64) * rows + t
+    for _ in range(count):
         total += tl.load(parts + at[:, None] * M + m[None, :], inside, 0.0)
         square += tl.load(squares + at, t < rows, 0.0)
+        at += rows
     tl.store(proj + t[:, None] * M + m[None, :], total, inside)
     size = tl.sqrt(square / K)
     tl.store(root + t, size, t < rows)
@@ -69,28 +74,41 @@ def _finish(parts, squares, proj, r, root, rows, K, M, eps, count, TOKENS: tl.co
 
 
 @triton.jit
-def _project_backward(x, w, dproj, dr, r, root, dx, parts, rows, K, M, each, SPLIT: tl.constexpr,
-                      TERMS: tl.constexpr, TOKENS: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
-                      STAGES: tl.constexpr):
-    """BLOCK features of dx for ``each`` tokens, and their part of dw. d root = -dr r^2; d x = x d root / (K root)."""
-    i, m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, MP), tl.arange(0, TOKENS)
-    known = (m < M)[:, None] & (i < K)[None, :]
+def _project_backward(x, w, dproj, dr, r, root, through, gate, dy, dx, parts, rows, C, M, each, HEAD: tl.constexpr,
+                      SPLIT: tl.constexpr, TERMS: tl.constexpr, TOKENS: tl.constexpr, MP: tl.constexpr,
+                      BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """BLOCK features of one stream of dx for ``each`` tokens, and their part of dw.
+
+    dx = dproj w + x f. Of a mapping, f = -dr r^2 / (K root). Of the head, f is ``dr``, and dx has two terms more:
+    ``through``, and the stream's gate times dy.
+    """
+    blocks = tl.cdiv(C, BLOCK)
+    stream, c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    streams = tl.num_programs(0) // blocks
+    K, m, n = streams * C, tl.arange(0, MP), tl.arange(0, TOKENS)
+    i, known = stream * C + c, (m < M)[:, None] & (c < C)[None, :]
     weight = tl.load(w + m[:, None] * K + i[None, :], known, 0.0)
     dw = tl.zeros([BLOCK, MP], tl.float32)
     first = tl.program_id(1) * each
     for begin in tl.range(first, first + each, TOKENS, num_stages=STAGES):
         t = begin + n
-        at, inside = t.to(tl.int64)[:, None] * K + i[None, :], (t < rows)[:, None] & (i < K)[None, :]
+        at, inside = t.to(tl.int64)[:, None] * K + i[None, :], (t < rows)[:, None] & (c < C)[None, :]
         v = tl.load(x + at, inside, 0.0)
         d = tl.load(dproj + t[:, None] * M + m[None, :], (t < rows)[:, None] & (m < M)[None, :], 0.0)
-        scale, size = tl.load(r + t, t < rows, 0.0), tl.load(root + t, t < rows, 0.0)
-        factor = tl.where(size > 0.0, -tl.load(dr + t, t < rows, 0.0) * scale * scale / (K * size), 0.0)
+        factor = tl.load(dr + t, t < rows, 0.0)
+        if not HEAD:
+            scale, size = tl.load(r + t, t < rows, 0.0), tl.load(root + t, t < rows, 0.0)
+            factor = tl.where(size > 0.0, -factor * scale * scale / (K * size), 0.0)
         g = v.to(tl.float32) * factor[:, None]
+        if HEAD:
+            g += tl.load(through + at, inside, 0.0).to(tl.float32)
+            h = tl.load(gate + t * streams + stream, t < rows, 0.0)
+            g += h[:, None] * tl.load(dy + t.to(tl.int64)[:, None] * C + c[None, :], inside, 0.0).to(tl.float32)
         g = product(d, weight, g, SPLIT, SPLIT, TERMS)
         tl.store(dx + at, g.to(dx.dtype.element_ty), inside)
         dw = product(tl.trans(v), d, dw, False, SPLIT, TERMS)
     to = tl.program_id(1).to(tl.int64) * M
-    tl.store(parts + (to + m)[None, :] * K + i[:, None], dw, (m < M)[None, :] & (i < K)[:, None])
+    tl.store(parts + (to + m)[None, :] * K + i[:, None], dw, (m < M)[None, :] & (c < C)[:, None])
 
 
 @triton.jit
@@ -150,7 +168,7 @@ def _gates_finish(parts, dpre, dpost, dres, dbias, count, N: tl.constexpr, M: tl
     tl.store(dres, tl.sum(tl.where((m >= 2 * N) & (m < M), alpha, 0.0), 0).to(dres.dtype.element_ty))
 
 
-def _columns(count: int) -> int:
+def padded(count: int) -> int:
     """A power of two that holds them; tensor cores want 16."""
     return max(16, triton.next_power_of_2(count))
 
@@ -159,9 +177,8 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, 
     """streams [rows, K] contiguous, weight [M, K] float32 -> proj [rows, M], r [rows, 1] and, for ``backward``,
     root [rows], all float32."""
     (rows, width), (columns, _) = streams.shape, weight.shape
-    tile = {"TOKENS": 128, "BLOCK": 64, "STAGES": 3, "num_warps": 8}
-    blocks = triton.cdiv(rows, tile["TOKENS"])
-    splits = min(triton.next_power_of_2(triton.cdiv(256, blocks)), triton.cdiv(width, 1024))
+    tile, blocks = FORWARD, triton.cdiv(rows, FORWARD["TOKENS"])
+    splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS[0], blocks)), triton.cdiv(width, 1024))
     each = triton.cdiv(triton.cdiv(width, splits), tile["BLOCK"]) * tile["BLOCK"]
     count = triton.cdiv(width, each)
 
@@ -171,26 +188,30 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, 
     parts, squares = empty(count, rows, columns), empty(count, rows)
     proj, r, root = empty(rows, columns), empty(rows, 1), empty(rows)
     carrier.launch(_project, (blocks, count), streams, weight, parts, squares, rows, width, columns, each,
-                   SPLIT=carrier.dtype(streams) != "float32", TERMS=3, MP=_columns(columns), **tile)
+                   SPLIT=carrier.dtype(streams) != "float32", TERMS=TERMS, MP=padded(columns), **tile)
     carrier.launch(_finish, (triton.cdiv(rows, 32),), parts, squares, proj, r, root, rows, width, columns, eps, count,
-                   TOKENS=32, MP=_columns(columns), num_warps=4)
+                   TOKENS=32, MP=padded(columns), num_warps=4)
     return proj, r, root
+
+
+def streams_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, others: tuple[T, ...], head: bool,
+                     count: int) -> tuple[T, T]:
+    """``_project_backward`` over ``count`` streams; ``others``: r, root, through, gate, dy -> dstreams, dweight."""
+    (rows, width), (columns, _) = streams.shape, weight.shape
+    tile, blocks = BACKWARD, count * triton.cdiv(width // count, BACKWARD["BLOCK"])
+    splits = max(1, min(triton.cdiv(PROGRAMS[1], blocks), triton.cdiv(rows, 4 * tile["TOKENS"])))
+    each = triton.cdiv(triton.cdiv(rows, splits), tile["TOKENS"]) * tile["TOKENS"]
+    dstreams = carrier.empty(streams.shape, carrier.dtype(streams), streams)
+    parts = carrier.empty([triton.cdiv(rows, each), columns, width], "float32", streams)
+    carrier.launch(_project_backward, (blocks, parts.shape[0]), streams, weight, dproj, dr, *others, dstreams, parts,
+                   rows, width // count, columns, each, HEAD=head, SPLIT=carrier.dtype(streams) != "float32",
+                   TERMS=TERMS, MP=padded(columns), **tile)
+    return dstreams, add_parts(carrier, parts, [columns, width], carrier.dtype(weight))
 
 
 def project_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, r: T, root: T) -> tuple[T, T]:
     """dproj [rows, M], dr [rows, 1] -> dstreams in the dtype of the streams, dweight float32."""
-    (rows, width), (columns, _) = streams.shape, weight.shape
-    tile = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
-    blocks = triton.cdiv(width, tile["BLOCK"])
-    splits = max(1, min(triton.cdiv(512, blocks), triton.cdiv(rows, 4 * tile["TOKENS"])))
-    each = triton.cdiv(triton.cdiv(rows, splits), tile["TOKENS"]) * tile["TOKENS"]
-    count = triton.cdiv(rows, each)
-    dstreams = carrier.empty(streams.shape, carrier.dtype(streams), streams)
-    parts = carrier.empty([count, columns, width], "float32", streams)
-    carrier.launch(_project_backward, (blocks, count), streams, weight, dproj, dr, r, root, dstreams, parts, rows,
-                   width, columns, each, SPLIT=carrier.dtype(streams) != "float32", TERMS=3, MP=_columns(columns),
-                   **tile)
-    return dstreams, add_parts(carrier, parts, [columns, width], carrier.dtype(weight))
+    return streams_backward(carrier, dproj, dr, streams, weight, (r, root, r, r, r), head=False, count=1)
 
 
 def gates(carrier: Carrier, proj: T, r: T, alphas: tuple[T, T, T], bias: T, n: int, eps: float,
@@ -201,7 +222,7 @@ def gates(carrier: Carrier, proj: T, r: T, alphas: tuple[T, T, T], bias: T, n: i
     h_pre, h_post = carrier.empty([rows, n], dtype, proj), carrier.empty([rows, n], dtype, proj)
     logits = carrier.empty([rows, n * n], carrier.dtype(proj), proj)
     carrier.launch(_gates, (triton.cdiv(rows, 32),), proj, r, *alphas, bias, h_pre, h_post, logits, rows, eps,
-                   N=n, M=columns, MP=_columns(columns), TOKENS=32, num_warps=4)
+                   N=n, M=columns, MP=padded(columns), TOKENS=32, num_warps=4)
     return h_pre, h_post, logits
 
 
@@ -209,13 +230,13 @@ def gates_backward(carrier: Carrier, dh_pre: T, dh_post: T, dlogits: T, proj: T,
                    bias: T, n: int) -> tuple[T, T, list[T], T]:
     """Gradients of the three outputs -> dproj, dr, those of the alphas, dbias."""
     rows, columns = proj.shape
-    padded, each = _columns(columns), 32 * triton.cdiv(rows, 32 * 256)
+    wide, each = padded(columns), 32 * triton.cdiv(rows, 32 * 256)
     count = triton.cdiv(rows, each)
     dproj, dr, dbias = (carrier.empty(x.shape, carrier.dtype(x), x) for x in (proj, r, bias))
     dalphas = [carrier.empty([1], carrier.dtype(a), a) for a in alphas]
-    parts = carrier.empty([count, 2 * padded], "float32", proj)
+    parts = carrier.empty([count, 2 * wide], "float32", proj)
     carrier.launch(_gates_backward, (count,), dh_pre, dh_post, dlogits, proj, r, *alphas, bias, dproj, dr, parts, rows,
-                   each, N=n, M=columns, MP=padded, TOKENS=32, num_warps=4)
-    carrier.launch(_gates_finish, (1,), parts, *dalphas, dbias, count, N=n, M=columns, MP=padded, ROWS=64,
+                   each, N=n, M=columns, MP=wide, TOKENS=32, num_warps=4)
+    carrier.launch(_gates_finish, (1,), parts, *dalphas, dbias, count, N=n, M=columns, MP=wide, ROWS=64,
                    num_warps=4)
     return dproj, dr, dalphas, dbias

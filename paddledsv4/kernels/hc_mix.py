@@ -11,7 +11,7 @@ import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
 
-MOST = 1024
+FORWARD, AGGREGATE_BACKWARD, MIX_BACKWARD = 1024, 4096, 1024  # channels that a program works on at a time
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _block(width: int, most: int) -> dict[str, int]:
 def aggregate(carrier: Carrier, streams: T, h_pre: T) -> T:
     """streams [tokens, n*C], h_pre [tokens, n], contiguous, n a power of two -> [tokens, C]."""
     (tokens, n), width = h_pre.shape, streams.shape[1] // h_pre.shape[1]
-    y, tile = carrier.empty([tokens, width], carrier.dtype(streams), streams), _block(width, 1024)
+    y, tile = carrier.empty([tokens, width], carrier.dtype(streams), streams), _block(width, FORWARD)
     carrier.launch(_aggregate, (tokens, triton.cdiv(width, tile["BLOCK"])), streams, h_pre, y, width, N=n, **tile)
     return y
 
@@ -110,14 +110,14 @@ def aggregate_backward(carrier: Carrier, dy: T, streams: T, h_pre: T) -> tuple[T
     tokens, n = h_pre.shape
     dstreams, dh = _like(carrier, streams, h_pre)
     carrier.launch(_aggregate_backward, (tokens,), dy, streams, h_pre, dstreams, dh, dy.shape[1], N=n,
-                   **_block(dy.shape[1], 4096))
+                   **_block(dy.shape[1], AGGREGATE_BACKWARD))
     return dstreams, dh
 
 
 def mix(carrier: Carrier, h_res: T, streams: T, h_post: T, output: T) -> T:
     """h_res [tokens, n, n], streams [tokens, n*C], h_post [tokens, n], output [tokens, C] -> [tokens, n*C]."""
     tokens, width = output.shape
-    (y,), tile = _like(carrier, streams), _block(width, 1024)
+    (y,), tile = _like(carrier, streams), _block(width, FORWARD)
     carrier.launch(_mix, (tokens, triton.cdiv(width, tile["BLOCK"])), h_res, streams, h_post, output, y, width,
                    N=h_post.shape[1], **tile)
     return y
@@ -128,5 +128,5 @@ def mix_backward(carrier: Carrier, dy: T, h_res: T, streams: T, h_post: T, outpu
     tokens, width = output.shape
     dh, dstreams, dpost, doutput = _like(carrier, h_res, streams, h_post, output)
     carrier.launch(_mix_backward, (tokens,), dy, h_res, streams, h_post, output, dh, dstreams, dpost, doutput, width,
-                   N=h_post.shape[1], **_block(width, MOST))
+                   N=h_post.shape[1], **_block(width, MIX_BACKWARD))
     return dh, dstreams, dpost, doutput

@@ -9,6 +9,7 @@ from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.reduction import add_parts
 
 TILE = 4096  # elements that a program works on at a time
+PROGRAMS, STAGES = 512, 2  # of the backward with a weight; every program adds a part to the sum for the weight
 
 
 @triton.jit
@@ -71,9 +72,9 @@ def backward(carrier: Carrier, dy: T, x: T, weight: T | None, eps: float) -> tup
         carrier.launch(_backward, (triton.cdiv(rows, tile["ROWS"]),), dy, x, x, dx, dx, rows, width, eps,
                        tile["ROWS"], WEIGHT=False, STAGES=1, **tile)
         return dx, None
-    each = tile["ROWS"] * max(1, triton.cdiv(rows, 512 * tile["ROWS"]))
+    each = tile["ROWS"] * max(1, triton.cdiv(rows, PROGRAMS * tile["ROWS"]))
     count = triton.cdiv(rows, each)
     parts = carrier.empty([count, width], "float32", x)
     carrier.launch(_backward, (count,), dy, x, weight, dx, parts, rows, width, eps, each,
-                   WEIGHT=True, STAGES=2, **tile)
+                   WEIGHT=True, STAGES=STAGES, **tile)
     return dx, add_parts(carrier, parts, [width], carrier.dtype(weight))
