@@ -27,7 +27,7 @@ def add_parts(carrier: Carrier, parts: T, shape: list[int], dtype: str) -> T:
     count, size = parts.shape[0], math.prod(shape)
     total = carrier.empty(shape, dtype, parts)
     rows = min(64, triton.next_power_of_2(count))
-    block = 4096 // rows if size > 4096 * 64 else 32
+    block = 4096 // rows if size > 4096 * 64 else max(32, 1024 // rows)
     carrier.launch(_add_parts, (triton.cdiv(size, block),), parts, total, count, size,
                    ROWS=rows, BLOCK=block, num_warps=4)
     return total
