@@ -16,12 +16,13 @@ from paddle import Tensor
 from rich.table import Table
 
 from align.bundle import Bundle
-from align.calls import Call, CallRecorder, replay
+from align.calls import CallRecorder
 from align.ulp import ulp_distance
 from paddledsv4.host import BITWISE_ENVIRONMENT
 from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.numerics.ulps import FILE, short
+from paddledsv4.observe.replay import Call, replay
 from paddledsv4.training.data import batches
 from paddledsv4.training.step import train_step
 from paddledsv4.training.trainer import Trainer

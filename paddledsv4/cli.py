@@ -14,7 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from paddledsv4.commands import convert, sft
-from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
+from paddledsv4.commands.options import (
+    CheckFinite,
+    Force,
+    Numerics,
+    Out,
+    Resume,
+    Save,
+    SaveInterval,
+    Steps,
+    TraceAttention,
+    TraceSteps,
+)
 from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle, train_and_log
 from paddledsv4.config import ModelConfig, Recipe
 from paddledsv4.errors import UserError
@@ -75,6 +86,9 @@ def train(
     async_save: Annotated[bool | None, typer.Option(help="Write while training goes on.")] = None,
     resume: Resume = None,
     force: Force = False,
+    check_finite: CheckFinite = None,
+    trace_attention: TraceAttention = None,
+    trace_steps: TraceSteps = None,
 ) -> None:
     """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well.
 
@@ -85,6 +99,7 @@ def train(
     from paddledsv4.training.data import load_tokens
 
     recipe, given = Recipe.from_file(config), Overrides.from_texts(op, layer_op)
+    recipe = recipe.observed(check_finite, trace_attention, trace_steps)
     try:
         training, data = recipe.require("training"), recipe.require("data")
     except UserError as error:
@@ -99,6 +114,7 @@ def train(
 
     prepare_paddle()
     from paddledsv4.distributed.connect import connect
+    from paddledsv4.observe.run import observing
     from paddledsv4.sft.adapter import save_adapter
     from paddledsv4.training.checkpoint.run import checkpointing
     from paddledsv4.training.trainer import Trainer
@@ -110,7 +126,10 @@ def train(
             weights=Path(recipe.weights) if recipe.weights else None, lora=recipe.lora,
         )
         folder = out or Path(recipe.output)
-        with checkpointing(trainer, saving, resume, force) as (results, notes):
+        with (
+            observing(trainer, recipe.observe, folder),
+            checkpointing(trainer, saving, resume, force) as (results, notes),
+        ):
             if groups.world.rank == 0:
                 train_and_log(trainer, results, notes, recipe, folder)
             else:

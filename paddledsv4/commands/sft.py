@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
+from paddledsv4.commands.options import (
+    CheckFinite,
+    Force,
+    Numerics,
+    Out,
+    Resume,
+    Save,
+    SaveInterval,
+    Steps,
+    TraceAttention,
+    TraceSteps,
+)
 from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle, train_and_log
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.options import LayerOps, Ops
@@ -36,6 +47,9 @@ def sft(
     save_interval: SaveInterval = None,
     resume: Resume = None,
     force: Force = False,
+    check_finite: CheckFinite = None,
+    trace_attention: TraceAttention = None,
+    trace_steps: TraceSteps = None,
 ) -> None:
     """Fine-tune a model on conversations; leave a log, its curves and the weights in the output folder.
 
@@ -49,6 +63,7 @@ def sft(
     from paddledsv4.sft.tokenizer import load_tokenizer
 
     recipe, given = SftRecipe.from_file(config), Overrides.from_texts(op, layer_op)
+    recipe = recipe.observed(check_finite, trace_attention, trace_steps)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"file": str(data)})})
     if steps is not None:
@@ -62,6 +77,7 @@ def sft(
 
     prepare_paddle()
     from paddledsv4.distributed.connect import connect
+    from paddledsv4.observe.run import observing
     from paddledsv4.sft.adapter import save_adapter
     from paddledsv4.sft.merge import save_merged
     from paddledsv4.training.checkpoint.run import checkpointing
@@ -75,7 +91,10 @@ def sft(
             recipe.model, recipe.training, policy, train, parallel=recipe.parallel, groups=groups,
             weights=Path(recipe.weights) if recipe.weights else None, lora=recipe.lora,
         )
-        with checkpointing(trainer, saving, resume, force) as (results, more):
+        with (
+            observing(trainer, recipe.observe, folder),
+            checkpointing(trainer, saving, resume, force) as (results, more),
+        ):
             results = evaluated(results, trainer, evaluation, recipe.evaluation_interval)
             if groups.world.rank == 0:
                 train_and_log(trainer, results, [*notes, *more], recipe, folder)

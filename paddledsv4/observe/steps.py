@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from paddledsv4.training.step import StepResult
+    from paddledsv4.training.trainer import Trainer
 
 
 class StepObserver:
@@ -19,3 +22,13 @@ class StepObserver:
 
     def end_step(self, result: StepResult) -> None:
         """It is done, the optimizer's update included; nobody else has seen the result yet."""
+
+
+@contextlib.contextmanager
+def attached(trainer: Trainer, observer: StepObserver) -> Iterator[None]:
+    """``observer`` is told of the steps in this block."""
+    trainer.observers.append(observer)
+    try:
+        yield
+    finally:
+        trainer.observers.remove(observer)
