@@ -156,12 +156,7 @@ class FiniteGuard(OpObserver, StepObserver):
     def _report(self) -> str:
         """Write the file; the sentence about it."""
         finding = self.finding
-        repeated = [None if s.innocent else s.repeats() for s in finding.suspects]
-        chosen = repeated.index(True) if True in repeated else 0
-        suspect, again = finding.suspects[chosen], repeated[chosen]
-        text = suspect.text
-        if again is False:
-            text += "; run again alone it gives finite numbers"
+        suspect, text = culprit(finding.suspects)
         rank = self.trainer.groups.world.rank
         path = self.folder / f"nonfinite-step{self.step}-rank{rank}.safetensors"
         try:
@@ -189,6 +184,23 @@ class FiniteGuard(OpObserver, StepObserver):
             for kind_ in ("master", "main_grad", "m", "v"):
                 known.setdefault(id(getattr(state, kind_)), f"{kind_} of {state.name}")
         return known
+
+
+def culprit(suspects: list[Suspect]) -> tuple[Suspect, str]:
+    """The one that gives numbers that are not finite again when it runs alone, and the sentence about it.
+
+    If none does, one that cannot run alone; and if there is none, nobody knows.
+    """
+    repeated = {True: [], False: [], None: []}
+    for suspect in suspects:
+        repeated[None if suspect.innocent else suspect.repeats()].append(suspect)
+    if known := repeated[True] or repeated[None]:
+        return known[0], known[0].text
+    first, *others = suspects
+    if not others:
+        return first, f"{first.text}; run again alone it gives finite numbers"
+    where = ", ".join(f"{s.call.path or 'model'}: {s.call.op}" for s in others)
+    return first, f"{first.text}; or one of {where} did, on the same tensor; run again alone each gives finite numbers"
 
 
 def variant_name(op: str, function) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import paddle
 from paddle import Tensor
 from safetensors import SafetensorError, safe_open
 from safetensors.paddle import load_file, save_file
 
+from paddledsv4.config.base import StrictConfig
 from paddledsv4.distributed.group import Group
 from paddledsv4.errors import UserError
 from paddledsv4.observe.replay import Call
@@ -24,30 +25,28 @@ from paddledsv4.observe.replay import Call
 FORMAT, KEY = 1, "paddledsv4"
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(StrictConfig):
     """Where and how a call was made.
 
-    Attributes:
-        variant: name of the variant in the table of ops; "" for a function that stands in none.
-        policy: op -> variant of the run; ``preset``: its name.
-        found: in words, what was not finite.
-        direction: "forward" or "backward".
-        ranks: how many ranks the op exchanges tensors with, itself included; above 1 it cannot run alone.
+    ``variant`` is its name in the table of ops, "" for a function that stands in none; ``policy`` is op -> variant of
+    the run, ``preset`` its name. ``found`` says in words what was not finite. ``ranks``: how many ranks the op exchanges
+    tensors with, itself included; above 1 it cannot run alone.
     """
+
+    SECTION: ClassVar[str] = "origin."
 
     op: str
     path: str
     step: int
     microbatch: int
     rank: int
-    direction: str
+    direction: Literal["forward", "backward"]
     variant: str
-    precision: str
+    precision: Literal["fp32", "bf16", "fp64"]
     found: str
     preset: str = ""
     ranks: int = 1
-    policy: dict[str, str] = field(default_factory=dict)
+    policy: dict[str, str] = {}
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Reproduction:
         """
         tensors: dict[str, Tensor] = {}
         described = {
-            "format": FORMAT, "origin": asdict(self.origin), "in_graph": self.call.in_graph,
+            "format": FORMAT, "origin": self.origin.model_dump(mode="json"), "in_graph": self.call.in_graph,
             "args": _encode(self.call.args, "args", tensors), "kwargs": _encode(self.call.kwargs, "kwargs", tensors),
             "outputs": _encode(self.outputs, "outputs", tensors),
         }  # fmt: skip
@@ -100,7 +99,7 @@ def read(path: Path) -> Reproduction:
         described, tensors = json.loads(text), load_file(path)
         if described["format"] != FORMAT:
             raise UserError(f"{path}: has format {described['format']}, this paddledsv4 reads {FORMAT}")
-        origin = Origin(**described["origin"])
+        origin = Origin.from_dict(described["origin"], where=str(path))
         args, kwargs, outputs = (_decode(described[name], tensors) for name in ("args", "kwargs", "outputs"))
         arrived, gradients = (
             {int(name[len(kind) :]): tensor for name, tensor in tensors.items() if name.startswith(kind)}
