@@ -29,7 +29,7 @@ class Origin(StrictConfig):
     """Where and how a call was made.
 
     ``variant`` is its name in the table of ops, "" for a function that stands in none; ``policy`` is op -> variant of
-    the run, ``preset`` its name. ``found`` says in words what was not finite. ``ranks``: how many ranks the op exchanges
+    the run, ``preset`` its name. ``found``: in words, what was not finite. ``ranks``: how many ranks the op exchanges
     tensors with, itself included; above 1 it cannot run alone.
     """
 
