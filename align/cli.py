@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from align.commands import bisect, capture, doctor, locate, merge, report, ulps
+from align.commands import bisect, capture, doctor, locate, merge, report, repro, ulps
 from align.commands.people import for_people
 from align.compare import Comparison, compare_logs
 from align.issues import Issues
@@ -147,7 +147,7 @@ def compare(
 
 for module, command in (
     (bisect, bisect.bisect), (capture, capture.capture), (doctor, doctor.doctor), (locate, locate.locate),
-    (merge, merge.merge), (report, report.report), (ulps, ulps.ulps),
+    (merge, merge.merge), (report, report.report), (repro, repro.repro), (ulps, ulps.ulps),
 ):
     app.command(epilog=module.EXAMPLES)(command)
 

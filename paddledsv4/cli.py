@@ -14,7 +14,18 @@ from rich.table import Table
 
 from paddledsv4.commands import convert, sft
 from paddledsv4.commands import resume as resuming
-from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
+from paddledsv4.commands.options import (
+    CheckFinite,
+    Force,
+    Numerics,
+    Out,
+    Resume,
+    Save,
+    SaveInterval,
+    Steps,
+    TraceAttention,
+    TraceSteps,
+)
 from paddledsv4.commands.output import name_rank
 from paddledsv4.commands.pretraining import pretrain
 from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle
@@ -78,6 +89,9 @@ def train(
     async_save: Annotated[bool | None, typer.Option(help="Write while training goes on.")] = None,
     resume: Resume = None,
     force: Force = False,
+    check_finite: CheckFinite = None,
+    trace_attention: TraceAttention = None,
+    trace_steps: TraceSteps = None,
 ) -> None:
     """Train a model and leave a folder with its log (train.jsonl) and loss curves (loss.png), and all it was made of.
 
@@ -88,6 +102,7 @@ def train(
     leaves its adapters, in the folder adapter beside the log.
     """
     recipe, given = Recipe.from_file(config), Overrides.from_texts(op, layer_op)
+    recipe = recipe.observed(check_finite, trace_attention, trace_steps)
     try:
         training, _ = recipe.require("training"), recipe.require("data")
     except UserError as error:

@@ -16,9 +16,9 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from align.calls import as_tuple, tensors_in
 from align.locate.distance import MARGIN, Error, describe, rounding_inside, same_bits
 from align.locate.reference import Recorded, names_of
+from paddledsv4.observe.ops import as_tuple, tensors_in
 
 
 class Diverged(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,14 @@ Resume = Annotated[
     str | None, typer.Option(help="A checkpoint, a folder of them (its latest), or auto: the run's own, if it has one.")
 ]
 Force = Annotated[bool, typer.Option(help="Resume although configuration or numerics differ.")]
+CheckFinite = Annotated[
+    Literal["off", "loss", "full"] | None,
+    typer.Option(help="Stop when a number is not finite: each loss, or in full each result of each operation."),
+]
+TraceAttention = Annotated[
+    str | None, typer.Option(metavar="GLOB", help="Record the attention internals of layers, such as '*.layers.2.*'.")
+]
+TraceSteps = Annotated[str | None, typer.Option(metavar="STEPS", help="Steps to record, such as 1,5:8; 1 by default.")]
 Out = Annotated[
     Path | None, typer.Option("--out", "--run-dir", help="The run's folder, which paddledsv4 resume goes on from.")
 ]

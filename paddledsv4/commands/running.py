@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from paddledsv4.config import CheckpointConfig
 from paddledsv4.config.recipe import BaseRecipe
-from paddledsv4.errors import UserError
 from paddledsv4.info import model_info
 from paddledsv4.numerics.rules import Overrides
 from paddledsv4.training.run_directory import CHECKPOINTS
@@ -74,6 +72,7 @@ def run_training(run: Run, keep: Callable[[Trainer], None] = lambda trainer: Non
     """
     from paddledsv4.distributed.connect import connect
     from paddledsv4.distributed.stopping import stop_signals
+    from paddledsv4.observe.run import observing
     from paddledsv4.training.checkpoint.run import checkpointing
     from paddledsv4.training.trainer import Trainer
 
@@ -84,7 +83,10 @@ def run_training(run: Run, keep: Callable[[Trainer], None] = lambda trainer: Non
             weights=Path(recipe.weights) if recipe.weights else None, lora=recipe.lora,
         )
         asked = partial(stopping.agreed, groups.world)
-        with checkpointing(trainer, run.checkpoints, run.resume, run.force, asked) as (results, notes):
+        with (
+            observing(trainer, recipe.observe, run.folder),
+            checkpointing(trainer, run.checkpoints, run.resume, run.force, asked) as (results, notes),
+        ):
             for wrap in run.around:
                 results = wrap(trainer, results)
             if groups.world.rank == 0:
@@ -164,9 +166,6 @@ def _steps(results: Iterator[StepResult], steps: int, log: RunLog) -> None:
             record = log.write(result)
             progress.update(task, completed=result.step)
             console.print(summary(record))
-            if not (math.isfinite(float(record["main"])) and math.isfinite(float(record["grad_norm"]))):
-                numbers = f"{_losses(record)}  grad_norm {record['grad_norm']}"
-                raise UserError(f"step {result.step}: {numbers}: not finite, training stopped")
 
 
 def summary(record: dict) -> str:

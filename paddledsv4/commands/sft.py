@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
+from paddledsv4.commands.options import (
+    CheckFinite,
+    Force,
+    Numerics,
+    Out,
+    Resume,
+    Save,
+    SaveInterval,
+    Steps,
+    TraceAttention,
+    TraceSteps,
+)
 from paddledsv4.commands.running import Run, choose_checkpoints, choose_policy, prepare_paddle, run_training
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.options import LayerOps, Ops
@@ -40,6 +51,9 @@ def sft(
     save_interval: SaveInterval = None,
     resume: Resume = None,
     force: Force = False,
+    check_finite: CheckFinite = None,
+    trace_attention: TraceAttention = None,
+    trace_steps: TraceSteps = None,
 ) -> None:
     """Fine-tune a model on conversations; leave a log, its curves and the weights in the output folder.
 
@@ -49,6 +63,7 @@ def sft(
     [bold]paddledsv4 train[/].
     """
     recipe, given = SftRecipe.from_file(config), Overrides.from_texts(op, layer_op)
+    recipe = recipe.observed(check_finite, trace_attention, trace_steps)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"file": str(data.absolute())})})
     if steps is not None:
