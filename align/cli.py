@@ -31,6 +31,9 @@ app = typer.Typer(
 )
 
 
+TENSORS = ".safetensors"
+
+
 class Precision(str, Enum):
     """Precisions that ``align run`` can train in."""
 
@@ -129,10 +132,18 @@ def compare(
 ) -> None:
     """Compare two logs loss by loss: JSON lines or the text that trainers print.
 
+    Or two files of tensors (.safetensors), such as traces of attention, name by name.
+
     Exit code 0: every loss of the reference is bit-identical in the candidate, and neither log has a missing,
     duplicate or truncated line. 1: not so. 2: bad input.
     """
     with for_people():
+        if ref.endswith(TENSORS) or cand.endswith(TENSORS):
+            from align.tensor_files import compare_tensor_files
+
+            comparison = compare_tensor_files(Path(ref), Path(cand))
+            print(comparison.render())
+            raise typer.Exit(comparison.exit_code)
         return_freed_memory()
         reference, candidate = _log_path(ref), _log_path(cand)
         (one, found), (other, more) = read_pair(

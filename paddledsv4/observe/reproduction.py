@@ -15,11 +15,12 @@ from typing import Any, ClassVar, Literal
 import paddle
 from paddle import Tensor
 from safetensors import SafetensorError, safe_open
-from safetensors.paddle import load_file, save_file
+from safetensors.paddle import load_file
 
 from paddledsv4.config.base import StrictConfig
 from paddledsv4.distributed.group import Group
 from paddledsv4.errors import UserError
+from paddledsv4.observe.files import write_tensors
 from paddledsv4.observe.replay import Call
 
 FORMAT, KEY = 1, "paddledsv4"
@@ -73,16 +74,7 @@ class Reproduction:
         }  # fmt: skip
         tensors |= {f"arrived.{i}": g for i, g in self.call.gradients.items()}
         tensors |= {f"gradients.{i}": g for i, g in self.gradients.items()}
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        part = path.with_name(path.name + ".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, {KEY: json.dumps(described)})
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-        return path
+        return write_tensors(path, tensors, {KEY: json.dumps(described)})
 
 
 def read(path: Path) -> Reproduction:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 def observing(trainer: Trainer, config: ObserveConfig, folder: Path) -> Iterator[None]:
     """Watch the steps of ``trainer`` in this block; what is found goes to ``folder``. Every rank enters it."""
     with contextlib.ExitStack() as watchers:
+        if config.trace_attention:  # before the guard, so that a step that is not finite leaves its trace
+            from paddledsv4.observe.attention import AttentionTrace
+
+            trace = AttentionTrace(trainer, config.trace_attention, folder)
+            watchers.callback(trace.close)
+            watchers.enter_context(attached(trainer, trace))
         if config.check_finite == "full":
             from paddledsv4.observe.guard import FiniteGuard
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+import no_nan  # noqa: F401  (for its effect: NaN passes in no comparison)
 import numpy as np
 from reference import tiny_configs
 

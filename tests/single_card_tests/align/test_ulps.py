@@ -28,6 +28,9 @@ def test_distances_are_counted_in_units_of_the_last_place():
     assert distance.to_dict() == {"elements": 4, "equal": 0.5, "max": 2.0, "mean": 0.75, "scaled": 2.0}
     distance.add(paddle.to_tensor([float("nan")]), paddle.to_tensor([1.0]))
     assert distance.max == np.inf
+    both = Distance()  # a NaN equals nothing, not even a NaN
+    both.add(paddle.to_tensor([float("nan"), 1.0]), paddle.to_tensor([float("nan"), 1.0]))
+    assert (both.equal, both.max, both.scaled, both.largest) == (1, np.inf, np.inf, np.inf)
     missing = Distance()
     missing.add(None, paddle.to_tensor([0.0, 1.0]))
     assert (missing.elements, missing.equal) == (2, 1)
