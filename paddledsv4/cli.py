@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from paddledsv4.commands import convert, sft
 from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
-from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle, train_and_log
+from paddledsv4.commands.running import Run, choose_checkpoints, prepare_paddle, trained
 from paddledsv4.config import ModelConfig, Recipe
 from paddledsv4.errors import UserError
 from paddledsv4.info import ACTIVATION_FORMULA, BFLOAT16, FLOAT32, ModelInfo, model_info
@@ -97,26 +96,13 @@ def train(
     )
     tokens = load_tokens(data.tokens, training.sequence_length, recipe.model.vocab_size)
 
-    prepare_paddle()
-    from paddledsv4.distributed.connect import connect
-    from paddledsv4.sft.adapter import save_adapter
-    from paddledsv4.training.checkpoint.run import checkpointing
-    from paddledsv4.training.trainer import Trainer
-
-    policy = choose_policy(recipe, numerics, given)
-    with connect(recipe.parallel) as groups:
-        trainer = Trainer(
-            recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups,
-            weights=Path(recipe.weights) if recipe.weights else None, lora=recipe.lora,
-        )
-        folder = out or Path(recipe.output)
-        with checkpointing(trainer, saving, resume, force) as (results, notes):
-            if groups.world.rank == 0:
-                train_and_log(trainer, results, notes, recipe, folder)
-            else:
-                deque(results, maxlen=0)
+    folder = out or Path(recipe.output)
+    run = Run(recipe, training, tokens, folder, numerics, given, saving, resume, force)
+    with trained(run) as trainer:
         if recipe.lora:
-            save_adapter(trainer.model, recipe.lora, folder / "adapter", groups, recipe.weights)
+            from paddledsv4.sft.adapter import save_adapter
+
+            save_adapter(trainer.model, recipe.lora, folder / "adapter", trainer.groups, recipe.weights)
 
 
 app.command(epilog=sft.EXAMPLES)(sft.sft)

@@ -1,10 +1,13 @@
-"""What the commands that train have in common: checkpoint options, a progress bar, the log, the last words."""
+"""What the commands that train have in common: from options to a trained model, and what is told on the way."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +15,73 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from paddledsv4.config import CheckpointConfig
+from paddledsv4.config import CheckpointConfig, TrainConfig
 from paddledsv4.config.recipe import BaseRecipe
 from paddledsv4.errors import UserError
 from paddledsv4.info import model_info
 from paddledsv4.numerics.rules import Overrides
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from paddledsv4.numerics.policy import Policy
+    from paddledsv4.training.data import Source
     from paddledsv4.training.runlog import RunLog
     from paddledsv4.training.step import StepResult
     from paddledsv4.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run as a command line and a recipe ask for it.
+
+    Attributes:
+        training: the recipe's section with what the command line and the environment change.
+        source: rows of tokens to train on.
+        folder: where the log goes, and what the command leaves.
+        numerics, overrides: the command line's choice of a preset, and what deviates from it.
+        saving, resume, force: see :func:`paddledsv4.training.checkpoint.run.checkpointing`.
+        notes: what a person should know before the first step, one sentence each.
+        around: each gets the trainer and the results of its steps and passes them on, on every rank: what a command
+            does between steps.
+    """
+
+    recipe: BaseRecipe
+    training: TrainConfig
+    source: np.ndarray | Source
+    folder: Path
+    numerics: str | None = None
+    overrides: Overrides = Overrides()
+    saving: CheckpointConfig = CheckpointConfig()
+    resume: str | None = None
+    force: bool = False
+    notes: tuple[str, ...] = ()
+    around: tuple[Callable[[Trainer, Iterator[StepResult]], Iterator[StepResult]], ...] = ()
+
+
+@contextlib.contextmanager
+def trained(run: Run) -> Iterator[Trainer]:
+    """Connect the ranks, train, log, save checkpoints; the block gets the trainer afterwards, still connected."""
+    prepare_paddle()
+    from paddledsv4.distributed.connect import connect
+    from paddledsv4.training.checkpoint.run import checkpointing
+    from paddledsv4.training.trainer import Trainer
+
+    recipe = run.recipe
+    policy = choose_policy(recipe, run.numerics, run.overrides)
+    with connect(recipe.parallel) as groups:
+        trainer = Trainer(
+            recipe.model, run.training, policy, run.source, parallel=recipe.parallel, groups=groups,
+            weights=Path(recipe.weights) if recipe.weights else None, lora=recipe.lora,
+        )
+        with checkpointing(trainer, run.saving, run.resume, run.force) as (results, notes):
+            for wrap in run.around:
+                results = wrap(trainer, results)
+            if groups.world.rank == 0:
+                train_and_log(trainer, results, [*run.notes, *notes], recipe, run.folder)
+            else:
+                deque(results, maxlen=0)
+        yield trainer
 
 
 def prepare_paddle() -> None:

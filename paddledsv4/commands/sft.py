@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 
 from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
-from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle, train_and_log
+from paddledsv4.commands.running import Run, choose_checkpoints, prepare_paddle, trained
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.options import LayerOps, Ops
 from paddledsv4.numerics.rules import Overrides
@@ -61,26 +60,19 @@ def sft(
     train, evaluation, notes = sources(recipe)
 
     prepare_paddle()
-    from paddledsv4.distributed.connect import connect
     from paddledsv4.sft.adapter import save_adapter
     from paddledsv4.sft.merge import save_merged
-    from paddledsv4.training.checkpoint.run import checkpointing
     from paddledsv4.training.evaluation import evaluated
-    from paddledsv4.training.trainer import Trainer
     from paddledsv4.weights.save import save_model
 
-    policy = choose_policy(recipe, numerics, given)
-    with connect(recipe.parallel) as groups:
-        trainer = Trainer(
-            recipe.model, recipe.training, policy, train, parallel=recipe.parallel, groups=groups,
-            weights=Path(recipe.weights) if recipe.weights else None, lora=recipe.lora,
-        )
-        with checkpointing(trainer, saving, resume, force) as (results, more):
-            results = evaluated(results, trainer, evaluation, recipe.evaluation_interval)
-            if groups.world.rank == 0:
-                train_and_log(trainer, results, [*notes, *more], recipe, folder)
-            else:
-                deque(results, maxlen=0)
+    def evaluate(trainer, results):
+        return evaluated(results, trainer, evaluation, recipe.evaluation_interval)
+
+    run = Run(
+        recipe, recipe.training, train, folder, numerics, given, saving, resume, force, tuple(notes), (evaluate,)
+    )
+    with trained(run) as trainer:
+        groups = trainer.groups
         told = Console(highlight=False, quiet=groups.world.rank > 0)
         if recipe.lora:
             save_adapter(trainer.model, recipe.lora, folder / "adapter", groups, recipe.weights)
