@@ -13,9 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from paddledsv4.commands import convert, sft
+from paddledsv4.commands import resume as resuming
 from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
-from paddledsv4.commands.running import Run, choose_checkpoints, prepare_paddle, trained
+from paddledsv4.commands.output import name_rank
+from paddledsv4.commands.pretraining import pretrain
+from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle
 from paddledsv4.config import ModelConfig, Recipe
+from paddledsv4.distributed.launch import Launch
 from paddledsv4.errors import UserError
 from paddledsv4.info import ACTIVATION_FORMULA, BFLOAT16, FLOAT32, ModelInfo, model_info
 from paddledsv4.numerics.options import LayerOps, Ops
@@ -38,7 +42,7 @@ TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
   paddledsv4 train --config configs/tiny.yaml --steps 20 --out runs/short --numerics plain
 
-  paddledsv4 train --config configs/tiny.yaml --save runs/tiny/checkpoints --save-interval 10 --resume auto"""
+  paddledsv4 train --config configs/tiny.yaml --save-interval 10 --save-retain-interval 50"""
 
 NUMERICS_EXAMPLES = """[bold]Examples[/bold]
 
@@ -75,38 +79,33 @@ def train(
     resume: Resume = None,
     force: Force = False,
 ) -> None:
-    """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well.
+    """Train a model and leave a folder with its log (train.jsonl) and loss curves (loss.png), and all it was made of.
+
+    SIGTERM and Ctrl-C finish the step and save; [bold]paddledsv4 resume[/] goes on. A second one stops at once.
 
     A recipe whose parallel section has N ranks is started behind
     [bold]python -m paddle.distributed.launch --nproc_per_node N python -m paddledsv4[/]. One with a lora section also
     leaves its adapters, in the folder adapter beside the log.
     """
-    from paddledsv4.training.data import load_tokens
-
     recipe, given = Recipe.from_file(config), Overrides.from_texts(op, layer_op)
     try:
-        training, data = recipe.require("training"), recipe.require("data")
+        training, _ = recipe.require("training"), recipe.require("data")
     except UserError as error:
         raise UserError(f"{config}: {error}") from None
     training = with_environment(training)
     training = training.replace(steps=steps) if steps else training
     saving = choose_checkpoints(
-        recipe, resume, dir=save, save_interval=save_interval, save_retain_interval=save_retain_interval,
+        recipe, dir=save, save_interval=save_interval, save_retain_interval=save_retain_interval,
         warmup_save=warmup_save, asynchronous=async_save,
     )
-    tokens = load_tokens(data.tokens, training.sequence_length, recipe.model.vocab_size)
-
-    folder = out or Path(recipe.output)
-    run = Run(recipe, training, tokens, folder, numerics, given, saving, resume, force)
-    with trained(run) as trainer:
-        if recipe.lora:
-            from paddledsv4.sft.adapter import save_adapter
-
-            save_adapter(trainer.model, recipe.lora, folder / "adapter", trainer.groups, recipe.weights)
+    changes = {"training": training, "checkpoint": saving, "output": str(out or recipe.output)}
+    recipe = recipe.model_copy(update=changes)
+    pretrain(recipe, lambda: choose_policy(recipe, numerics, given), resume, force)
 
 
 app.command(epilog=sft.EXAMPLES)(sft.sft)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
+app.command(epilog=resuming.EXAMPLES)(resuming.resume)
 
 
 @app.command(epilog=INFO_EXAMPLES)
@@ -211,6 +210,9 @@ def numerics(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits 2 with one line on standard error for a :class:`UserError`."""
     try:
+        launch = Launch.from_env()
+        if launch.world_size > 1:
+            name_rank(launch.rank)
         app(args=arguments, prog_name="paddledsv4")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,10 +11,14 @@ Numerics = Annotated[
     str | None, typer.Option(help="Numerics preset; wins over the recipe, which wins over PADDLEDSV4_NUMERICS.")
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")]
-Save = Annotated[str | None, typer.Option(help="Folder for checkpoints; see also the next ones.")]
-SaveInterval = Annotated[int | None, typer.Option(min=1, help="Save every so many steps, and at the end.")]
+Save = Annotated[str | None, typer.Option(help="Folder for checkpoints, instead of checkpoints in the run's folder.")]
+SaveInterval = Annotated[
+    int | None, typer.Option(min=1, help="Save every so many steps, and at the end; else only when a signal stops it.")
+]
 Resume = Annotated[
-    str | None, typer.Option(help="A checkpoint, a folder of them (its latest), or auto: from --save if it can.")
+    str | None, typer.Option(help="A checkpoint, a folder of them (its latest), or auto: the run's own, if it has one.")
 ]
 Force = Annotated[bool, typer.Option(help="Resume although configuration or numerics differ.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for train.jsonl and loss.png.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "--run-dir", help="The run's folder, which paddledsv4 resume goes on from.")
+]

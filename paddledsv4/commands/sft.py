@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
-from paddledsv4.commands.running import Run, choose_checkpoints, prepare_paddle, trained
+from paddledsv4.commands.running import Run, choose_checkpoints, choose_policy, prepare_paddle, run_training
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.options import LayerOps, Ops
 from paddledsv4.numerics.rules import Overrides
+from paddledsv4.sft.recipe import SftRecipe
+
+if TYPE_CHECKING:
+    from paddledsv4.numerics.policy import Policy
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -43,17 +48,25 @@ def sft(
     [bold]weights[/] can be trained from, or converted with [bold]paddledsv4 convert[/]. Many ranks as with
     [bold]paddledsv4 train[/].
     """
-    from paddledsv4.sft.load import sources
-    from paddledsv4.sft.recipe import SftRecipe
-    from paddledsv4.sft.tokenizer import load_tokenizer
-
     recipe, given = SftRecipe.from_file(config), Overrides.from_texts(op, layer_op)
     if data is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"file": str(data)})})
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"file": str(data.absolute())})})
     if steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.replace(steps=steps)})
-    saving = choose_checkpoints(recipe, resume, dir=save, save_interval=save_interval)
-    folder = out or Path(recipe.output)
+    changes = {
+        "checkpoint": choose_checkpoints(recipe, dir=save, save_interval=save_interval),
+        "output": str(out or recipe.output),
+    }
+    recipe = recipe.model_copy(update=changes)
+    fine_tune(recipe, lambda: choose_policy(recipe, numerics, given), resume, force)
+
+
+def fine_tune(recipe: SftRecipe, policy: Callable[[], Policy], resume: str | None, force: bool) -> None:
+    """What the command does once everything is decided. ``policy`` is called when Paddle may be imported."""
+    from paddledsv4.sft.load import sources
+    from paddledsv4.sft.tokenizer import load_tokenizer
+
+    folder = Path(recipe.output)
     weights = folder / "weights"
     if recipe.export and weights.exists():
         raise UserError(f"{weights} exists, where this run would write its weights; choose another --out or remove it")
@@ -68,10 +81,7 @@ def sft(
     def evaluate(trainer, results):
         return evaluated(results, trainer, evaluation, recipe.evaluation_interval)
 
-    run = Run(
-        recipe, recipe.training, train, folder, numerics, given, saving, resume, force, tuple(notes), (evaluate,)
-    )
-    with trained(run) as trainer:
+    def keep(trainer) -> None:
         groups = trainer.groups
         told = Console(highlight=False, quiet=groups.world.rank > 0)
         if recipe.lora:
@@ -83,3 +93,5 @@ def sft(
         elif recipe.export:
             size = save_model(trainer.model, weights, groups, (load_tokenizer(recipe.data.tokenizer).path,))
             told.print(f"weights {weights} ({size / 1e6:,.1f} MB)", soft_wrap=True)
+
+    run_training(Run("sft", recipe, policy(), train, resume, force, tuple(notes), (evaluate,)), keep)

@@ -35,12 +35,21 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: damaged, or of another format.
     """
-    values = _read_json(folder / RECORD)
+    return read_sealed(folder / RECORD, FORMAT)
+
+
+def read_sealed(path: Path, format: int) -> dict[str, Any]:
+    """The values that :func:`seal` got, from a file of format ``format``.
+
+    Raises:
+        UserError: damaged, or of another format.
+    """
+    values = _read_json(path)
     said = values.pop("md5", None)
     if seal(values)["md5"] != said:
-        raise UserError(f"{folder / RECORD}: is damaged: its MD5 is not the recorded one")
-    if values.get("format") != FORMAT:
-        raise UserError(f"{folder / RECORD}: has format {values.get('format')}; this version reads format {FORMAT}")
+        raise UserError(f"{path}: is damaged: its MD5 is not the recorded one")
+    if values.get("format") != format:
+        raise UserError(f"{path}: has format {values.get('format')}; this version reads format {format}")
     return values
 
 
