@@ -12,9 +12,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from paddledsv4.commands import convert, sft
+from paddledsv4.commands import convert, plot, profile, sft
 from paddledsv4.commands import resume as resuming
-from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
+from paddledsv4.commands.observing import observed
+from paddledsv4.commands.options import (
+    Force,
+    Metrics,
+    MetricsEvery,
+    Numerics,
+    Out,
+    ProfileRanks,
+    ProfileSteps,
+    Resume,
+    Save,
+    SaveInterval,
+    Steps,
+)  # fmt: skip
 from paddledsv4.commands.output import name_rank
 from paddledsv4.commands.pretraining import pretrain
 from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle
@@ -78,6 +91,10 @@ def train(
     async_save: Annotated[bool | None, typer.Option(help="Write while training goes on.")] = None,
     resume: Resume = None,
     force: Force = False,
+    metrics: Metrics = None,
+    metrics_every: MetricsEvery = None,
+    profile_steps: ProfileSteps = None,
+    profile_ranks: ProfileRanks = None,
 ) -> None:
     """Train a model and leave a folder with its log (train.jsonl) and loss curves (loss.png), and all it was made of.
 
@@ -99,12 +116,14 @@ def train(
         warmup_save=warmup_save, asynchronous=async_save,
     )
     changes = {"training": training, "checkpoint": saving, "output": str(out or recipe.output)}
-    recipe = recipe.model_copy(update=changes)
+    recipe = observed(recipe.model_copy(update=changes), metrics, metrics_every, profile_steps, profile_ranks)
     pretrain(recipe, lambda: choose_policy(recipe, numerics, given), resume, force)
 
 
 app.command(epilog=sft.EXAMPLES)(sft.sft)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
+app.command(epilog=plot.EXAMPLES)(plot.plot)
+app.command(epilog=profile.EXAMPLES)(profile.profile)
 app.command(epilog=resuming.EXAMPLES)(resuming.resume)
 
 

@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
+from paddledsv4.commands.observing import observed
+from paddledsv4.commands.options import (
+    Force,
+    Metrics,
+    MetricsEvery,
+    Numerics,
+    Out,
+    ProfileRanks,
+    ProfileSteps,
+    Resume,
+    Save,
+    SaveInterval,
+    Steps,
+)  # fmt: skip
 from paddledsv4.commands.running import Run, choose_checkpoints, choose_policy, prepare_paddle, run_training
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.options import LayerOps, Ops
@@ -40,6 +53,10 @@ def sft(
     save_interval: SaveInterval = None,
     resume: Resume = None,
     force: Force = False,
+    metrics: Metrics = None,
+    metrics_every: MetricsEvery = None,
+    profile_steps: ProfileSteps = None,
+    profile_ranks: ProfileRanks = None,
 ) -> None:
     """Fine-tune a model on conversations; leave a log, its curves and the weights in the output folder.
 
@@ -57,7 +74,7 @@ def sft(
         "checkpoint": choose_checkpoints(recipe, dir=save, save_interval=save_interval),
         "output": str(out or recipe.output),
     }
-    recipe = recipe.model_copy(update=changes)
+    recipe = observed(recipe.model_copy(update=changes), metrics, metrics_every, profile_steps, profile_ranks)
     fine_tune(recipe, lambda: choose_policy(recipe, numerics, given), resume, force)
 
 
