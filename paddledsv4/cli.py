@@ -12,20 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from paddledsv4.commands import convert, sft
+from paddledsv4.commands import convert, options, plot, profile, sft
 from paddledsv4.commands import resume as resuming
-from paddledsv4.commands.options import (
-    CheckFinite,
-    Force,
-    Numerics,
-    Out,
-    Resume,
-    Save,
-    SaveInterval,
-    Steps,
-    TraceAttention,
-    TraceSteps,
-)
+from paddledsv4.commands.observing import observed
 from paddledsv4.commands.output import name_rank
 from paddledsv4.commands.pretraining import pretrain
 from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle
@@ -75,23 +64,27 @@ INFO_EXAMPLES = """[bold]Examples[/bold]
 @app.command(epilog=TRAIN_EXAMPLES)
 def train(
     config: Annotated[Path, typer.Option(help="A yaml recipe with model, training and data sections.")],
-    steps: Steps = None,
-    out: Out = None,
-    numerics: Numerics = None,
+    steps: options.Steps = None,
+    out: options.Out = None,
+    numerics: options.Numerics = None,
     op: Ops = None,
     layer_op: LayerOps = None,
-    save: Save = None,
-    save_interval: SaveInterval = None,
+    save: options.Save = None,
+    save_interval: options.SaveInterval = None,
     save_retain_interval: Annotated[
         int | None, typer.Option(min=1, help="Delete older checkpoints unless their step is a multiple of this.")
     ] = None,
     warmup_save: Annotated[bool | None, typer.Option(help="Also save after the first step.")] = None,
     async_save: Annotated[bool | None, typer.Option(help="Write while training goes on.")] = None,
-    resume: Resume = None,
-    force: Force = False,
-    check_finite: CheckFinite = None,
-    trace_attention: TraceAttention = None,
-    trace_steps: TraceSteps = None,
+    resume: options.Resume = None,
+    force: options.Force = False,
+    check_finite: options.CheckFinite = None,
+    trace_attention: options.TraceAttention = None,
+    trace_steps: options.TraceSteps = None,
+    metrics: options.Metrics = None,
+    metrics_every: options.MetricsEvery = None,
+    profile_steps: options.ProfileSteps = None,
+    profile_ranks: options.ProfileRanks = None,
 ) -> None:
     """Train a model and leave a folder with its log (train.jsonl) and loss curves (loss.png), and all it was made of.
 
@@ -102,7 +95,6 @@ def train(
     leaves its adapters, in the folder adapter beside the log.
     """
     recipe, given = Recipe.from_file(config), Overrides.from_texts(op, layer_op)
-    recipe = recipe.observed(check_finite, trace_attention, trace_steps)
     try:
         training, _ = recipe.require("training"), recipe.require("data")
     except UserError as error:
@@ -114,12 +106,17 @@ def train(
         warmup_save=warmup_save, asynchronous=async_save,
     )
     changes = {"training": training, "checkpoint": saving, "output": str(out or recipe.output)}
-    recipe = recipe.model_copy(update=changes)
+    recipe = observed(
+        recipe.model_copy(update=changes), check_finite, trace_attention, trace_steps,
+        metrics, metrics_every, profile_steps, profile_ranks,
+    )  # fmt: skip
     pretrain(recipe, lambda: choose_policy(recipe, numerics, given), resume, force)
 
 
 app.command(epilog=sft.EXAMPLES)(sft.sft)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
+app.command(epilog=plot.EXAMPLES)(plot.plot)
+app.command(epilog=profile.EXAMPLES)(profile.profile)
 app.command(epilog=resuming.EXAMPLES)(resuming.resume)
 
 

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from paddledsv4.commands.options import (
-    CheckFinite,
-    Force,
-    Numerics,
-    Out,
-    Resume,
-    Save,
-    SaveInterval,
-    Steps,
-    TraceAttention,
-    TraceSteps,
-)
+from paddledsv4.commands import options
+from paddledsv4.commands.observing import observed
 from paddledsv4.commands.running import Run, choose_checkpoints, choose_policy, prepare_paddle, run_training
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.options import LayerOps, Ops
@@ -42,18 +32,22 @@ EXAMPLES = """[bold]Examples[/bold]
 def sft(
     config: Annotated[Path, typer.Option(help="A yaml recipe with model, training and data sections.")],
     data: Annotated[Path | None, typer.Option(help="A file of conversations, instead of the recipe's.")] = None,
-    steps: Steps = None,
-    out: Out = None,
-    numerics: Numerics = None,
+    steps: options.Steps = None,
+    out: options.Out = None,
+    numerics: options.Numerics = None,
     op: Ops = None,
     layer_op: LayerOps = None,
-    save: Save = None,
-    save_interval: SaveInterval = None,
-    resume: Resume = None,
-    force: Force = False,
-    check_finite: CheckFinite = None,
-    trace_attention: TraceAttention = None,
-    trace_steps: TraceSteps = None,
+    save: options.Save = None,
+    save_interval: options.SaveInterval = None,
+    resume: options.Resume = None,
+    force: options.Force = False,
+    check_finite: options.CheckFinite = None,
+    trace_attention: options.TraceAttention = None,
+    trace_steps: options.TraceSteps = None,
+    metrics: options.Metrics = None,
+    metrics_every: options.MetricsEvery = None,
+    profile_steps: options.ProfileSteps = None,
+    profile_ranks: options.ProfileRanks = None,
 ) -> None:
     """Fine-tune a model on conversations; leave a log, its curves and the weights in the output folder.
 
@@ -63,7 +57,6 @@ def sft(
     [bold]paddledsv4 train[/].
     """
     recipe, given = SftRecipe.from_file(config), Overrides.from_texts(op, layer_op)
-    recipe = recipe.observed(check_finite, trace_attention, trace_steps)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"file": str(data.absolute())})})
     if steps is not None:
@@ -72,7 +65,10 @@ def sft(
         "checkpoint": choose_checkpoints(recipe, dir=save, save_interval=save_interval),
         "output": str(out or recipe.output),
     }
-    recipe = recipe.model_copy(update=changes)
+    recipe = observed(
+        recipe.model_copy(update=changes), check_finite, trace_attention, trace_steps,
+        metrics, metrics_every, profile_steps, profile_ranks,
+    )  # fmt: skip
     fine_tune(recipe, lambda: choose_policy(recipe, numerics, given), resume, force)
 
 

@@ -12,8 +12,10 @@ from paddledsv4.config.base import StrictConfig
 from paddledsv4.config.checkpoint import CheckpointConfig
 from paddledsv4.config.files import read_mapping
 from paddledsv4.config.lora import LoraConfig
+from paddledsv4.config.metrics import MetricsConfig
 from paddledsv4.config.model import ModelConfig
 from paddledsv4.config.observe import ObserveConfig
+from paddledsv4.config.profile import ProfileConfig
 from paddledsv4.config.training import ParallelConfig, TrainConfig
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.rules import Overrides
@@ -46,6 +48,8 @@ class BaseRecipe(StrictConfig):
     numerics: Any = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    profile: ProfileConfig = ProfileConfig()
     output: str = "runs/paddledsv4"
 
     @model_validator(mode="after")
@@ -70,14 +74,6 @@ class BaseRecipe(StrictConfig):
         if self.weights is None:
             return self
         return self.model_copy(update={"weights": str((folder / self.weights).resolve())})
-
-    def observed(self, check_finite: str | None, layers: str | None, steps: str | None) -> Self:
-        """A copy with the command line's --check-finite, --trace-attention and --trace-steps.
-
-        Raises:
-            UserError: as :meth:`ObserveConfig.changed`.
-        """
-        return self.model_copy(update={"observe": self.observe.changed(check_finite, layers, steps)})
 
     def require(self, section: str) -> Any:
         """The section ``training`` or ``data``, which a recipe only used for ``info`` may leave out.
