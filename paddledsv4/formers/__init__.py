@@ -9,17 +9,15 @@ from paddledsv4.host import prepare_host
 
 prepare_host()
 try:
-    import paddleformers.trainer  # noqa: F401  what fails first when the versions do not go together
+    from paddledsv4.formers.config import DeepseekV4Config
+    from paddledsv4.formers.lora import LoRAModel
+    from paddledsv4.formers.model import DeepseekV4ForCausalLM
+    from paddledsv4.formers.register import register, synchronize_on_cpu
+    from paddledsv4.formers.trainer import ExpertBias, MegatronAdamW, Schedule, optimizers, train_config
 except ImportError as error:
     raise UserError(
         f'PaddleFormers cannot be imported ({error}); in an environment of its own: pip install "paddledsv4[formers]"'
     ) from None
-
-from paddledsv4.formers.config import DeepseekV4Config
-from paddledsv4.formers.lora import LoRAModel
-from paddledsv4.formers.model import DeepseekV4ForCausalLM
-from paddledsv4.formers.register import register, synchronize_on_cpu
-from paddledsv4.formers.trainer import ExpertBias, MegatronAdamW, Schedule, optimizers, train_config
 
 register(DeepseekV4Config, DeepseekV4ForCausalLM)
 synchronize_on_cpu()

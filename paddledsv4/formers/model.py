@@ -45,7 +45,7 @@ class DeepseekV4ForCausalLM(PretrainedModel):
     def __init__(self, config: DeepseekV4Config, policy: Policy | None = None):
         super().__init__(config)
         if paddle.distributed.get_world_size() > 1:
-            raise UserError("PaddleFormers trains this model on one process; `paddledsv4 train` has the parallel layouts")
+            raise UserError("PaddleFormers trains this model on one process; `paddledsv4 train` trains it on many")
         policy = policy or Policy.from_env(config.numerics)
         self.model = DeepseekV4Model(
             config.model_config(), policy, config.precision(), linear_cross_entropy=config.linear_cross_entropy

@@ -13,6 +13,7 @@ from paddle import Tensor
 from paddleformers.trainer import TrainerCallback, TrainingArguments
 
 from paddledsv4.config import OptimizerConfig, TrainConfig
+from paddledsv4.formers.lora import LoRAModel
 from paddledsv4.formers.model import DeepseekV4ForCausalLM, loss_config
 from paddledsv4.ops.precision import widen
 from paddledsv4.training.optimizer import Optimizer
@@ -20,14 +21,19 @@ from paddledsv4.training.schedule import learning_rate
 from paddledsv4.training.step import auxiliary_losses
 
 
-def train_config(model: DeepseekV4ForCausalLM, args: TrainingArguments) -> TrainConfig:
+def adapted(model: DeepseekV4ForCausalLM | LoRAModel) -> DeepseekV4ForCausalLM:
+    """The model itself, without the LoRAModel around it."""
+    return model.model if isinstance(model, LoRAModel) else model
+
+
+def train_config(model: DeepseekV4ForCausalLM | LoRAModel, args: TrainingArguments) -> TrainConfig:
     """The training section of a recipe that says the same. Parameters with one dimension are not decayed.
 
     Raises:
         UserError: a schedule or a value that a recipe cannot have, or no ``max_steps``.
     """
     return loss_config(
-        model.config,
+        adapted(model).config,
         micro_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         steps=args.max_steps,
@@ -41,11 +47,13 @@ def train_config(model: DeepseekV4ForCausalLM, args: TrainingArguments) -> Train
     )  # fmt: skip
 
 
-def optimizers(model: DeepseekV4ForCausalLM, args: TrainingArguments) -> tuple[MegatronAdamW, Schedule]:
+def optimizers(
+    model: DeepseekV4ForCausalLM | LoRAModel, args: TrainingArguments
+) -> tuple[MegatronAdamW, Schedule]:
     """Our optimizer and schedule, for the Trainer's argument of that name."""
     train = train_config(model, args)
     schedule = Schedule(train)
-    return MegatronAdamW(model, train, schedule), schedule
+    return MegatronAdamW(adapted(model), train, schedule), schedule
 
 
 class Schedule(paddle.optimizer.lr.LRScheduler):
@@ -62,8 +70,9 @@ class Schedule(paddle.optimizer.lr.LRScheduler):
 class MegatronAdamW(paddle.optimizer.AdamW):
     """:class:`paddledsv4.training.optimizer.Optimizer` where a Trainer expects one of Paddle's.
 
-    Gradients are accumulated in float32, in ``main_grad`` of every parameter, which the Trainer averages. Moments and
-    master weights are those of Paddle's AdamW by name, so that the Trainer's checkpoints have them.
+    Gradients are accumulated in float32, in ``main_grad`` of every parameter, which the Trainer averages; another
+    kind of optimizer would find none and needs a model of its own. Moments and master weights are those of Paddle's
+    AdamW by name, so that the Trainer's checkpoints have them.
     """
 
     def __init__(self, model: DeepseekV4ForCausalLM, train: TrainConfig, schedule: Schedule):
@@ -83,8 +92,7 @@ class MegatronAdamW(paddle.optimizer.AdamW):
                 self._accumulators[kind][name] = moment
             if state.master.dtype != state.parameter.dtype:
                 self._master_weights[name] = state.master
-            state.parameter.main_grad = state.main_grad
-            state.parameter._register_grad_hook(_accumulate_into(state.main_grad))
+            keep_main_grad(state.parameter, state.main_grad)
 
     @paddle.no_grad()
     def step(self) -> None:
@@ -93,14 +101,20 @@ class MegatronAdamW(paddle.optimizer.AdamW):
         self.grad_norm = self.inner.step(self.get_lr())
 
 
-def _accumulate_into(main_grad: Tensor):
+def keep_main_grad(parameter: Tensor, main_grad: Tensor) -> None:
+    """From now on gradients of ``parameter`` are added to ``main_grad`` and go nowhere else."""
+    known = hasattr(parameter, "main_grad")
+    parameter.main_grad = main_grad
+    if known:
+        return
+
     @paddle.no_grad()
     def hook(gradient: Tensor | None) -> None:
         if gradient is not None and gradient._is_initialized():
-            main_grad.add_(widen(gradient))
+            parameter.main_grad.add_(widen(gradient))
             gradient._clear_data()
 
-    return hook
+    parameter._register_grad_hook(hook)
 
 
 class ExpertBias(TrainerCallback):
@@ -110,6 +124,6 @@ class ExpertBias(TrainerCallback):
     """
 
     def on_optimizer_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        model = kwargs["model"]
+        model = adapted(kwargs["model"])
         for router in model.model.learned_routers():
             router.update_expert_bias(model.config.expert_bias_update_rate)
