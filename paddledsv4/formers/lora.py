@@ -9,7 +9,7 @@ from paddleformers import peft
 
 from paddledsv4.config import LoraConfig
 from paddledsv4.errors import UserError
-from paddledsv4.formers.model import DeepseekV4ForCausalLM
+from paddledsv4.formers.model import DeepseekV4ForCausalLM, name_parameters
 from paddledsv4.sft.adapter import SavedAdapter, load_adapter, save_adapter
 from paddledsv4.sft.lora import attach
 
@@ -54,6 +54,7 @@ class LoRAModel(peft.LoRAModel):
     def get_lora_model(self, model: DeepseekV4ForCausalLM, lora_config: peft.LoRAConfig) -> DeepseekV4ForCausalLM:
         self.adapter_config = adapter_config(lora_config)
         attach(model.model, self.adapter_config, self._seed)
+        name_parameters(model.model)
         model.config.expert_bias_update_rate = 0.0
         return model
 

@@ -13,6 +13,7 @@ import paddle
 from paddle import Tensor
 from paddleformers.transformers import PretrainedModel
 from paddleformers.transformers.model_outputs import ModelOutput
+from paddleformers.utils.env import PADDLE_WEIGHTS_NAME
 
 from paddledsv4.config import TrainConfig
 from paddledsv4.errors import UserError
@@ -51,6 +52,7 @@ class DeepseekV4ForCausalLM(PretrainedModel):
             config.model_config(), policy, config.precision(), linear_cross_entropy=config.linear_cross_entropy
         )
         self.auxiliary = auxiliary_losses(loss_config(config))
+        name_parameters(self.model)
 
     def init_weights(self) -> None:
         """Nothing: our layers drew their weights."""
@@ -99,8 +101,12 @@ class DeepseekV4ForCausalLM(PretrainedModel):
         load_checkpoint(model.model, Path(path))
         return model
 
-    def save_pretrained(self, save_dir: str | Path, is_main_process: bool = True, **_: Any) -> None:
+    def save_pretrained(
+        self, save_dir: str | Path, is_main_process: bool = True, save_to_hf: bool = True, **_: Any
+    ) -> None:
         """Write the weights under our names, with an index and config.json, into a folder that may exist.
+
+        ``save_to_hf`` False: in addition the one file that a Trainer without a ``load_checkpoint_format`` resumes from.
 
         Raises:
             UserError: it cannot be written. Weights that were there are there still.
@@ -114,9 +120,17 @@ class DeepseekV4ForCausalLM(PretrainedModel):
         try:
             save_model(self.model, hidden / "weights")
             self.config.save_pretrained(hidden / "weights")
+            if not save_to_hf:
+                paddle.save(self.state_dict(), str(hidden / "weights" / PADDLE_WEIGHTS_NAME))
             _replace(hidden / "weights", folder)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def name_parameters(model: DeepseekV4Model) -> None:
+    """Paddle counts parameters through; an optimizer's state would fit no model but the first of a process."""
+    for name, parameter in model.named_parameters():
+        parameter.name = name
 
 
 def loss_config(config: DeepseekV4Config, **changes: Any) -> TrainConfig:

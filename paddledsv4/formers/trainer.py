@@ -95,6 +95,17 @@ class MegatronAdamW(paddle.optimizer.AdamW):
             keep_main_grad(state.parameter, state.main_grad)
 
     @paddle.no_grad()
+    def set_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over moments, masters and the schedule of a checkpoint."""
+        masters = self._master_weights
+        super().set_state_dict(state_dict)
+        for name, master in masters.items():
+            paddle.assign(self._master_weights[name], master)
+        self._master_weights = masters
+
+    load_state_dict = set_state_dict
+
+    @paddle.no_grad()
     def step(self) -> None:
         """Clip, update, and forget the gradients."""
         self.inner.step_count = self._learning_rate.last_epoch
