@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from paddleformers import peft
 
-from paddledsv4.config import LoraConfig
+from paddledsv4.config.lora import ATTENTION, EXPERTS, LoraConfig
 from paddledsv4.errors import UserError
 from paddledsv4.formers.model import DeepseekV4ForCausalLM, name_parameters
 from paddledsv4.sft.adapter import SavedAdapter, load_adapter, save_adapter
-from paddledsv4.sft.lora import attach
+from paddledsv4.sft.lora import ALL_LINEAR, attach
 
 # What PaddleFormers can ask for and our adapters cannot: key -> the values that ask for nothing.
 PLAIN = {
@@ -29,8 +30,9 @@ def adapter_config(config: peft.LoRAConfig) -> LoraConfig:
     for name, plain in PLAIN.items():
         if getattr(config, name) not in plain:
             raise UserError(f"LoRAConfig.{name} = {getattr(config, name)!r}: is not supported; only plain LoRA is")
-    wanted = config.target_modules or []
-    wanted = [wanted] if isinstance(wanted, str) else wanted
+    if not config.target_modules:
+        raise UserError("LoRAConfig.target_modules is empty: must be expressions for paths, such as .*linear_q_up_proj")
+    wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     return LoraConfig(
         r=config.r, lora_alpha=float(config.lora_alpha), lora_dropout=float(config.lora_dropout),
         target_modules="|".join(f"(?:{pattern})" for pattern in wanted),
@@ -78,8 +80,8 @@ class LoRAModel(peft.LoRAModel):
             UserError: they cannot be read, or do not fit.
         """
         saved = SavedAdapter.read(Path(lora_path)).config
-        targets = saved.target_modules
-        patterns = targets if isinstance(targets, str) else [f"(.*\\.)?{name}" for name in targets]
+        targets = (*ATTENTION, *EXPERTS) if saved.target_modules == ALL_LINEAR else saved.target_modules
+        patterns = targets if isinstance(targets, str) else [rf"(.*\.)?{re.escape(name)}" for name in targets]
         config = peft.LoRAConfig(r=saved.r, lora_alpha=saved.lora_alpha, target_modules=patterns)
         loaded = cls(model, config)
         load_adapter(model.model, Path(lora_path))

@@ -20,6 +20,7 @@ from paddledsv4.errors import UserError
 from paddledsv4.formers.config import LOSSES, DeepseekV4Config
 from paddledsv4.model import DeepseekV4Model
 from paddledsv4.numerics.policy import Policy
+from paddledsv4.sft.lora import adapters
 from paddledsv4.training.step import auxiliary_losses, microbatch_losses
 from paddledsv4.transformer.build import unset_parameters
 from paddledsv4.transformer.documents import documents_of
@@ -109,8 +110,10 @@ class DeepseekV4ForCausalLM(PretrainedModel):
         ``save_to_hf`` False: in addition the one file that a Trainer without a ``load_checkpoint_format`` resumes from.
 
         Raises:
-            UserError: it cannot be written. Weights that were there are there still.
+            UserError: it cannot be written, or the model has adapters. Weights that were there are there still.
         """
+        if adapters(self.model):
+            raise UserError("the model has adapters, which LoRAModel.save_pretrained writes; its own weights are unchanged")
         folder = Path(save_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -96,9 +96,6 @@ def formers_losses(trainer: Trainer, resume: str | None = None) -> Losses:
         losses.append((float(output["main_loss"]), None if output["mtp_loss"] is None else float(output["mtp_loss"])))
 
     hook = adapted(trainer.model).register_forward_post_hook(record)
-    if trainer.model is not adapted(trainer.model):
-        hook.remove()
-        hook = trainer.model.register_forward_post_hook(record)
     trainer.train(resume_from_checkpoint=resume)
     hook.remove()
     return losses
