@@ -113,7 +113,7 @@ class DeepseekV4ForCausalLM(PretrainedModel):
             UserError: it cannot be written, or the model has adapters. Weights that were there are there still.
         """
         if adapters(self.model):
-            raise UserError("the model has adapters, which LoRAModel.save_pretrained writes; its own weights are unchanged")
+            raise UserError("the model has adapters; LoRAModel.save_pretrained writes those, its weights are as before")
         folder = Path(save_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)

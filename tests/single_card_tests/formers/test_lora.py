@@ -107,5 +107,5 @@ def test_what_it_cannot_do_says_where_it_is_done():
     for act in (adapted.merge, adapted.unmerge, adapted.disable_lora, adapted.restore_original_model):
         with pytest.raises(UserError, match="paddledsv4 convert BASE OUT"):
             act()
-    with pytest.raises(UserError, match="which LoRAModel.save_pretrained writes"):
+    with pytest.raises(UserError, match="LoRAModel.save_pretrained writes those"):
         adapted.model.save_pretrained("nowhere")
