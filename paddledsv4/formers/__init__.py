@@ -10,6 +10,7 @@ from paddledsv4.host import prepare_host
 prepare_host()
 try:
     from paddledsv4.formers.config import DeepseekV4Config
+    from paddledsv4.formers.data import rows
     from paddledsv4.formers.lora import LoRAModel
     from paddledsv4.formers.model import DeepseekV4ForCausalLM
     from paddledsv4.formers.register import register, synchronize_on_cpu
@@ -30,5 +31,6 @@ __all__ = [
     "MegatronAdamW",
     "Schedule",
     "optimizers",
+    "rows",
     "train_config",
 ]

@@ -29,6 +29,11 @@ from paddledsv4.weights.from_checkpoint import load_checkpoint
 from paddledsv4.weights.save import save_model
 
 IGNORED_LABEL = -100
+# Arguments of PaddleFormers' from_pretrained about hubs, file formats and memory, which mean nothing here.
+OF_PADDLEFORMERS = (
+    "cache_dir", "convert_from_hf", "download_hub", "force_download", "load_checkpoint_format", "load_via_cpu",
+    "low_cpu_mem_usage", "subfolder", "use_safetensors",
+)  # fmt: skip
 
 
 class DeepseekV4ForCausalLM(PretrainedModel):
@@ -59,14 +64,20 @@ class DeepseekV4ForCausalLM(PretrainedModel):
         """Nothing: our layers drew their weights."""
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, cu_seqlens: Any = None
+        self, input_ids: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, cu_seqlens: Any = None,
+        **unknown: Any,
     ) -> ModelOutput:
         """input_ids, labels, loss_mask [b, s] -> logits [b, s, V], or with labels the losses.
 
         labels are the next tokens, already shifted, as PaddleFormers' data sets have them; -100 counts nothing.
         ``loss`` has the value of ``main_loss``; in backward all others take part too. ``cu_seqlens``: as in
         :func:`paddledsv4.transformer.documents.documents_of`.
+
+        Raises:
+            UserError: any other input, such as PaddleFormers' own description of packed documents.
         """
+        if unknown:
+            raise UserError(f"the model takes no {', '.join(unknown)}; documents of one row are given as cu_seqlens")
         documents, input_ids = documents_of(cu_seqlens), input_ids.astype("int64")
         if labels is None:
             return ModelOutput(logits=self.model(input_ids, documents=documents).transpose([1, 0, 2]))
@@ -87,15 +98,19 @@ class DeepseekV4ForCausalLM(PretrainedModel):
     ) -> DeepseekV4ForCausalLM:
         """A model with the weights of a folder in any format that `paddledsv4 convert` knows.
 
-        ``settings`` are fields of the configuration; others that PaddleFormers passes on are ignored.
+        ``settings`` are fields of the configuration.
 
         Raises:
-            UserError: the folder has no config.json, or its tensors do not fit it.
+            UserError: the folder has no config.json, its tensors do not fit it, or an unknown setting.
         """
-        if not Path(path).is_dir():
-            raise UserError(f"{path}: is no folder; weights are not fetched from a hub")
-        if config is None:
-            config = cls.config_class.from_pretrained(str(path), **settings)
+        if config is None and not (Path(path) / "config.json").is_file():
+            raise UserError(f"{path}: is no folder with a config.json; weights are not fetched from a hub")
+        config = cls.config_class.from_pretrained(str(path)) if config is None else config
+        settings = {name: value for name, value in settings.items() if name not in OF_PADDLEFORMERS}
+        for name, value in settings.items():
+            if not hasattr(config, name):
+                raise UserError(f"from_pretrained: {name} is no field of the configuration")
+            setattr(config, name, value)
         config.dtype = dtype or config.dtype
         with unset_parameters():
             model = cls(config, policy)

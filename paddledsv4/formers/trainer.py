@@ -13,12 +13,16 @@ from paddle import Tensor
 from paddleformers.trainer import TrainerCallback, TrainingArguments
 
 from paddledsv4.config import OptimizerConfig, TrainConfig
+from paddledsv4.errors import UserError
 from paddledsv4.formers.lora import LoRAModel
 from paddledsv4.formers.model import DeepseekV4ForCausalLM, loss_config
 from paddledsv4.ops.precision import widen
 from paddledsv4.training.optimizer import Optimizer
 from paddledsv4.training.schedule import learning_rate
 from paddledsv4.training.step import auxiliary_losses
+
+# What the Trainer can do to numbers and we do elsewhere: the precision is the model's dtype.
+PLAIN = {"bf16": False, "fp16": False}
 
 
 def adapted(model: DeepseekV4ForCausalLM | LoRAModel) -> DeepseekV4ForCausalLM:
@@ -32,6 +36,11 @@ def train_config(model: DeepseekV4ForCausalLM | LoRAModel, args: TrainingArgumen
     Raises:
         UserError: a schedule or a value that a recipe cannot have, or no ``max_steps``.
     """
+    for name, plain in PLAIN.items():
+        if getattr(args, name) != plain:
+            raise UserError(f"TrainingArguments.{name} = {getattr(args, name)!r}: must be {plain!r} with our optimizer")
+    if args.max_steps < 1:
+        raise UserError("TrainingArguments.max_steps must be given: our schedule counts steps, not epochs")
     return loss_config(
         adapted(model).config,
         micro_batch_size=args.per_device_train_batch_size,
@@ -42,7 +51,7 @@ def train_config(model: DeepseekV4ForCausalLM | LoRAModel, args: TrainingArgumen
         optimizer=OptimizerConfig(
             lr=args.learning_rate, schedule=getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
             betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=args.weight_decay,
-            min_lr=args.min_lr, warmup_steps=args.warmup_steps,
+            min_lr=args.min_lr, warmup_steps=args.warmup_steps or int(args.warmup_ratio * args.max_steps),
         ),
     )  # fmt: skip
 

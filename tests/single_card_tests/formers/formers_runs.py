@@ -76,7 +76,7 @@ def arguments(train: TrainConfig, folder: Path, **more) -> TrainingArguments:
     return TrainingArguments(**values | more)
 
 
-def rows(tokens: np.ndarray) -> list[dict[str, np.ndarray]]:
+def data_set(tokens: np.ndarray) -> list[dict[str, np.ndarray]]:
     """A data set in PaddleFormers' form: labels are shifted."""
     return [{"input_ids": row[:-1].astype("int64"), "labels": row[1:].astype("int64")} for row in tokens]
 
@@ -86,7 +86,7 @@ def formers_trainer(
 ) -> Trainer:
     optimizers = {"optimizers": formers.optimizers(model, args)} if ours else {}
     callbacks = [formers.ExpertBias(), *callbacks]
-    return Trainer(model=model, args=args, train_dataset=rows(tokens), callbacks=callbacks, **optimizers, **more)
+    return Trainer(model=model, args=args, train_dataset=data_set(tokens), callbacks=callbacks, **optimizers, **more)
 
 
 def formers_losses(trainer: Trainer, resume: str | None = None) -> Losses:

@@ -104,6 +104,17 @@ def test_packed_documents(model):
     assert packed != pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-5)
 
 
-def test_no_folder():
-    with pytest.raises(UserError, match="deepseek-ai/DeepSeek-V4: is no folder"):
+def test_what_cannot_be_loaded(tmp_path, model):
+    with pytest.raises(UserError, match="deepseek-ai/DeepSeek-V4: is no folder with a config.json"):
         DeepseekV4ForCausalLM.from_pretrained("deepseek-ai/DeepSeek-V4")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="numeric is no field of the configuration"):
+        AutoModelForCausalLM.from_pretrained(str(tmp_path), numeric="megatron")
+    with pytest.raises(UserError, match="missing, which a model of this config has"):
+        DeepseekV4ForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3, compress_ratios=[0, 4, 0, 0])
+
+
+def test_inputs_that_it_would_ignore(model):
+    ids = paddle.zeros([1, 8], "int64")
+    with pytest.raises(UserError, match="takes no position_ids; documents of one row are given as cu_seqlens"):
+        model(input_ids=ids, position_ids=ids)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from formers_runs import (
     arguments,
+    data_set,
     formers_losses,
     formers_model,
     formers_trainer,
@@ -13,10 +14,15 @@ from formers_runs import (
     state_of,
     table,
 )
+from paddleformers.trainer import Trainer
 from reference import TINY, initial_state, tiny_configs
 
 from paddledsv4.config import OptimizerConfig
-from paddledsv4.formers import train_config
+from paddledsv4.errors import UserError
+from paddledsv4.formers import ExpertBias, optimizers, rows, train_config
+from paddledsv4.formers.data import Collator
+from paddledsv4.sft.dataset import Document
+from paddledsv4.sft.source import PackedSource
 from paddledsv4.weights.load import weights_md5
 
 COSINE = OptimizerConfig(lr=1e-3, schedule="cosine", min_lr=1e-4, warmup_steps=3)
@@ -107,14 +113,48 @@ def test_stop_and_go_on(tmp_path, precision):
     assert rest == expected[6:] and equal_states((state_of(whole.model), state_of(other.model)))
 
 
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"bf16": True}, "TrainingArguments.bf16 = True: must be False"),
+        ({"max_steps": -1}, "TrainingArguments.max_steps must be given"),
+        ({"lr_scheduler_type": "polynomial"}, "optimizer.schedule = 'polynomial': must be"),
+    ],
+)
+def test_arguments_that_we_do_not_follow(tmp_path, values, sentence):
+    model, train = settings()
+    with pytest.raises(UserError, match="^[^\n]+$") as error:
+        optimizers(formers_model(model, train), arguments(train, tmp_path, **values))
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_packed_conversations(tmp_path, size):
+    """Rows of ours, padding and document boundaries included, over two epochs."""
+    model, train = settings(steps=6, micro_batch_size=size)
+    rng = np.random.default_rng(0)
+    documents = [Document(i, rng.integers(2, 96, n), rng.random(n) < 0.6) for i, n in enumerate(range(5, 25))]
+    source = PackedSource(documents, train.sequence_length, multiple=8)
+    assert len(source) < 12 * size
+    ours, theirs = our_trainer(model, train, tokens=source), formers_model(model, train)
+    args = arguments(train, tmp_path)
+    trainer = Trainer(
+        model=theirs, args=args, callbacks=[ExpertBias()], optimizers=optimizers(theirs, args), **rows(source, args)
+    )
+    assert formers_losses(trainer) == our_losses(ours)
+
+
+def test_shuffled_rows_are_refused():
+    with pytest.raises(UserError, match="dataloader_shuffle must be False"):
+        Collator(None)([3, 1])
+
+
 def test_evaluation_changes_nothing(tmp_path):
     model, train = settings(steps=4)
     tokens = table(model, train)
     plain, evaluated = (formers_model(model, train) for _ in range(2))
     evaluated.set_state_dict(plain.state_dict())
     expected = formers_losses(formers_trainer(plain, arguments(train, tmp_path), tokens))
-    from formers_runs import rows
-
-    trainer = formers_trainer(evaluated, arguments(train, tmp_path), tokens, eval_dataset=rows(tokens[:2]))
+    trainer = formers_trainer(evaluated, arguments(train, tmp_path), tokens, eval_dataset=data_set(tokens[:2]))
     before = trainer.evaluate()["eval_loss"]
     assert formers_losses(trainer) == expected and np.isfinite(before)
