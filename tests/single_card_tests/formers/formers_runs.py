@@ -25,8 +25,8 @@ Losses = list[tuple[float, float | None]]
 
 
 def settings(**changes) -> tuple[ModelConfig, TrainConfig]:
-    """The smallest model with every mechanism, trained for 20 steps of two microbatches."""
-    return configs(**{"gradient_accumulation_steps": 2, "steps": 20, "indexer_loss_scale": "megatron"} | changes)
+    """The smallest model with every mechanism, trained for ten steps of two microbatches."""
+    return configs(**{"gradient_accumulation_steps": 2, "steps": 10, "indexer_loss_scale": "megatron"} | changes)
 
 
 def table(model: ModelConfig, train: TrainConfig) -> np.ndarray:
