@@ -10,7 +10,13 @@ import typer
 from rich.console import Console
 
 from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
-from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle, train_and_log
+from paddledsv4.commands.running import (
+    choose_checkpoints,
+    choose_policy,
+    choose_training,
+    prepare_paddle,
+    train_and_log,
+)
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.options import LayerOps, Ops
 from paddledsv4.numerics.rules import Overrides
@@ -51,8 +57,7 @@ def sft(
     recipe, given = SftRecipe.from_file(config), Overrides.from_texts(op, layer_op)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"file": str(data)})})
-    if steps is not None:
-        recipe = recipe.model_copy(update={"training": recipe.training.replace(steps=steps)})
+    recipe = recipe.model_copy(update={"training": choose_training(recipe.training, steps)})
     saving = choose_checkpoints(recipe, resume, dir=save, save_interval=save_interval)
     folder = out or Path(recipe.output)
     weights = folder / "weights"

@@ -185,8 +185,9 @@ class PaddleKernels:
 
     @staticmethod
     def shared_rows(keys, index):
-        """keys [M, D], index [R, T] -> [R, T, D]."""
-        return paddle.gather(keys, index.flatten()).reshape([*index.shape, keys.shape[-1]])
+        """keys [M, D], index [R, T] -> [R, T, D]; -1 gives zeros and reads no key."""
+        rows = paddle.gather(paddle.concat([paddle.zeros_like(keys[:1]), keys], 0), index.flatten() + 1)
+        return rows.reshape([*index.shape, keys.shape[-1]])
 
     # -- between ranks
     @staticmethod
