@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import paddle
 from paddle.nn import functional as F
 
@@ -92,6 +94,9 @@ class PaddleKernels:
 
     @staticmethod
     def clamp(x, low=None, high=None):
+        """Infinities that no bound forbids stay; paddle.clip makes the largest finite numbers of them."""
+        if x.is_floating_point():
+            low, high = -math.inf if low is None else low, math.inf if high is None else high
         return paddle.clip(x, low, high)
 
     @staticmethod

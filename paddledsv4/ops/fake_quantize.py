@@ -17,6 +17,7 @@ import paddle
 from paddle import Tensor
 
 from paddledsv4.numerics.function import differentiable
+from paddledsv4.ops.precision import at_least
 
 EXPONENT, MANTISSA = 0x7F800000, 0x7FFFFF  # bits of a float32
 TO_WHOLE = 1.5 * 2.0**23  # added and taken away, it leaves a float32 rounded to whole numbers, ties to even
@@ -68,13 +69,13 @@ def _power_of_two_above(x: Tensor) -> Tensor:
 def _round(x: Tensor, format: Format) -> Tensor:
     """float32 to the nearest number of the format, ties to even; beyond its largest, that. NaN stays."""
     x = x.clip(-format.largest, format.largest)
-    step = _power_of_two_below(x.abs()).clip(min=format.normal) * 2.0**-format.mantissa
+    step = at_least(_power_of_two_below(x.abs()), format.normal) * 2.0**-format.mantissa
     return (x / step + TO_WHOLE - TO_WHOLE) * step
 
 
 def _quantized(x: Tensor, format: Format) -> Tensor:
     """float32 [..., block] -> the same, rounded."""
-    scale = x.abs().max(-1, keepdim=True).clip(min=format.floor) * (1.0 / format.largest)
+    scale = at_least(x.abs().max(-1, keepdim=True), format.floor) * (1.0 / format.largest)
     scale = _power_of_two_above(scale) if format.power_of_two else scale
     return _round(x / scale, format) * scale
 

@@ -8,7 +8,7 @@ from paddle.nn import functional as F
 
 from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
-from paddledsv4.ops.precision import widen
+from paddledsv4.ops.precision import at_least, widen
 
 router_logits = define("router_logits", "gating GEMM in float32", spec="9.1", outputs=("logits",),
                        wide=("logits",))
@@ -38,7 +38,7 @@ def _softplus(x: Tensor) -> Tensor:
 @router_scores.variant("paddle", "softplus 1e-12 at least: finite slopes from -104 down; differentiated by autograd")
 def paddle_router_scores(logits: Tensor) -> Tensor:
     """[..., E] -> affinities [..., E]."""
-    return paddle.sqrt(_softplus(logits).clip(min=LEAST_SOFTPLUS))
+    return paddle.sqrt(at_least(_softplus(logits), LEAST_SOFTPLUS))
 
 
 @router_topk.variant("paddle", "paddle.topk, best first", same_bits="the same choice unless scores tie")

@@ -19,7 +19,7 @@ from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.attention_segments import NEVER, Compressed, Selected, Window, causal_mask
-from paddledsv4.ops.precision import dtype_name, widen
+from paddledsv4.ops.precision import at_least, dtype_name, widen
 from paddledsv4.ops.reduce import row_sum
 
 sparse_attention = define("sparse_attention", "window and selected compressed entries under one softmax with sink",
@@ -114,12 +114,12 @@ def paddle_sparse_attention(
         parts = [segment.cut(r0, r1) for segment in segments]
         scores = [part.scores(q[:, r0:r1]) for part in parts]
         best = functools.reduce(paddle.maximum, [x.max(-1, keepdim=True) for x in scores])
-        top = paddle.maximum(best, sink_logit.expand(best.shape)).clip(min=LOWEST_TOP)
+        top = at_least(paddle.maximum(best, sink_logit.expand(best.shape)), LOWEST_TOP)
         weights = [(x - top.expand(x.shape)).exp_() for x in scores]
         total = paddle.exp(sink_logit.expand(top.shape) - top)
         for x in weights:
             total = total + row_sum(x)
-        total = total.clip(min=DENOMINATOR)
+        total = at_least(total, DENOMINATOR)
         # Paddle's exp of a masked score is 3e-39 on a CPU, which only queries without keys would show
         inverse = (best > LOWEST_TOP).astype(total.dtype) / total
         values = paddle.add_n([part.weigh(x) for part, x in zip(parts, weights, strict=True)])

@@ -139,6 +139,18 @@ def test_the_recorded_case(variant, case):
         assert relative_error(array(x), array(cases[name])) < (1e-6 if x.dtype == paddle.float32 else 0.01), name
 
 
+@every_variant
+@every_dtype
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_hidden(variant, dtype, bad):
+    """An entry that queries do see, and a sink."""
+    selected = np.zeros((BATCH, ROWS, 1))
+    seen = attend(function(variant, dtype), dtype, selected=selected, poison=bad)
+    assert not np.isfinite(seen["out"]).all()
+    sunk = attend(function(variant, dtype), dtype, sink=bad, selected=selected)
+    assert not np.isfinite(sunk["dsink"]).all()
+
+
 # ---- the naive versions
 
 

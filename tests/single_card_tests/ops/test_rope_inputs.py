@@ -29,9 +29,9 @@ def turned(call, dtype="float32", inverse=False) -> np.ndarray:
     after, dy = y.detach().clone(), paddle.randn(y.shape).astype(dtype)
     given = dy.clone()
     handing_back(y, gradient=dy).backward()
-    names, was = ("x", "cos", "sin", "dy", "y"), (*before, given, after)
-    for name, was, now in zip(names, was, (x, cos, sin, dy, y), strict=True):
-        np.testing.assert_array_equal(array(now), array(was), f"{name} was written to")
+    names, now = ("x", "cos", "sin", "dy", "y"), (x, cos, sin, dy, y)
+    for name, one, other in zip(names, (*before, given, after), now, strict=True):
+        np.testing.assert_array_equal(array(other), array(one), f"{name} was written to")
     assert x.grad.dtype == y.dtype == x.dtype
     y.detach().fill_(7.0)  # nor does the result share its memory
     np.testing.assert_array_equal(array(x), array(before[0]), "x and y share memory")
