@@ -17,14 +17,13 @@ from paddledsv4.commands import resume as resuming
 from paddledsv4.commands.observing import observed
 from paddledsv4.commands.output import name_rank
 from paddledsv4.commands.pretraining import pretrain
-from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle
+from paddledsv4.commands.running import choose_checkpoints, choose_policy, choose_training, prepare_paddle
 from paddledsv4.config import ModelConfig, Recipe
 from paddledsv4.distributed.launch import Launch
 from paddledsv4.errors import UserError
 from paddledsv4.info import ACTIVATION_FORMULA, BFLOAT16, FLOAT32, ModelInfo, model_info
 from paddledsv4.numerics.options import LayerOps, Ops
 from paddledsv4.numerics.rules import Overrides
-from paddledsv4.numerics.settings import with_environment
 
 # Paddle is imported inside the commands that compute: `info` and every --help answer without it.
 
@@ -99,8 +98,7 @@ def train(
         training, _ = recipe.require("training"), recipe.require("data")
     except UserError as error:
         raise UserError(f"{config}: {error}") from None
-    training = with_environment(training)
-    training = training.replace(steps=steps) if steps else training
+    training = choose_training(training, steps)
     saving = choose_checkpoints(
         recipe, dir=save, save_interval=save_interval, save_retain_interval=save_retain_interval,
         warmup_save=warmup_save, asynchronous=async_save,

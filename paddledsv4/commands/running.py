@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from paddledsv4.config import CheckpointConfig
+from paddledsv4.config import CheckpointConfig, TrainConfig
 from paddledsv4.config.recipe import BaseRecipe
 from paddledsv4.info import model_info
 from paddledsv4.numerics.rules import Overrides
+from paddledsv4.numerics.settings import with_environment
 from paddledsv4.training.run_directory import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -124,6 +125,16 @@ def choose_policy(recipe: BaseRecipe, preset: str | None, given: Overrides) -> P
 
     chosen, overrides = (preset, Overrides()) if preset else recipe.numerics_choice()
     return Policy.from_env(chosen, overrides.then(given))
+
+
+def choose_training(training: TrainConfig, steps: int | None) -> TrainConfig:
+    """A recipe's section with the environment's settings where it is silent, and ``steps`` of the command line.
+
+    Raises:
+        UserError: the environment has a value that a setting does not have.
+    """
+    training = with_environment(training)
+    return training.replace(steps=steps) if steps else training
 
 
 def choose_checkpoints(recipe: BaseRecipe, **options) -> CheckpointConfig:

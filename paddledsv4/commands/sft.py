@@ -11,7 +11,14 @@ from rich.console import Console
 
 from paddledsv4.commands import options
 from paddledsv4.commands.observing import observed
-from paddledsv4.commands.running import Run, choose_checkpoints, choose_policy, prepare_paddle, run_training
+from paddledsv4.commands.running import (
+    Run,
+    choose_checkpoints,
+    choose_policy,
+    choose_training,
+    prepare_paddle,
+    run_training,
+)
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.options import LayerOps, Ops
 from paddledsv4.numerics.rules import Overrides
@@ -59,9 +66,8 @@ def sft(
     recipe, given = SftRecipe.from_file(config), Overrides.from_texts(op, layer_op)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"file": str(data.absolute())})})
-    if steps is not None:
-        recipe = recipe.model_copy(update={"training": recipe.training.replace(steps=steps)})
     changes = {
+        "training": choose_training(recipe.training, steps),
         "checkpoint": choose_checkpoints(recipe, dir=save, save_interval=save_interval),
         "output": str(out or recipe.output),
     }

@@ -88,7 +88,7 @@ class Trainer:
         with unset_parameters() if weights else contextlib.nullcontext():
             self.model = DeepseekV4Model(
                 model, policy, precision, groups, sequence_parallel, train.linear_cross_entropy,
-                train.expert_weight_format,
+                train.expert_weight_format, train.kv_qat, train.indexer_qat,
             )
         if weights:
             load_checkpoint(self.model, weights, groups)
