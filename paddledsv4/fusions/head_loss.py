@@ -32,6 +32,7 @@ def head_loss(build: Build, ops: SimpleNamespace, head: ColumnParallelLinear, fu
     if fused:
         variants = linear_cross_entropy.variants
         variant = variants.get(build.policy.at(build.path)["cross_entropy"]) or variants["paddle"]
-        return variant.emulated if needs_emulation(build.dtype) else variant.function
+        ops.linear_cross_entropy = variant.emulated if needs_emulation(build.dtype) else variant.function
+        return lambda hidden, weight, labels: ops.linear_cross_entropy(hidden, weight, labels)
     enter = build.tensor.enter
     return lambda hidden, weight, labels: ops.cross_entropy(head(enter(hidden), weight), labels)

@@ -70,11 +70,11 @@ class Policy:
         choices = {}
         for op in ops.values():
             choice = overrides.get(op.name) or next(v for v in (*PRESETS[name], "paddle") if v in op.variants)
-            _usable(op, choice)
+            check_usable(op, choice)
             choices[op.name] = choice
         kept: dict[tuple[str, str], LayerRule] = {}
         for rule in layers:
-            _usable(_known(rule.op), rule.variant)
+            check_usable(_known(rule.op), rule.variant)
             kept.pop((rule.glob, rule.op), None)
             kept[rule.glob, rule.op] = rule
         return cls(name, choices, tuple(kept.values()))
@@ -162,7 +162,7 @@ def _known(op: str) -> Op:
     return OPS[op]
 
 
-def _usable(op: Op, choice: str) -> None:
+def check_usable(op: Op, choice: str) -> None:
     """Raise unless ``op`` has the variant and what it needs is installed."""
     if choice not in op.variants:
         raise UserError(f"numerics: op {op.name} has no variant {choice!r}; it has: {', '.join(op.variants)}")

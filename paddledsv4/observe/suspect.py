@@ -11,8 +11,8 @@ from typing import Any
 from paddle import Tensor
 
 from paddledsv4.distributed.group import Group
-from paddledsv4.numerics.registry import OPS, load_all
 from paddledsv4.observe.finite import described, is_finite, kind
+from paddledsv4.observe.known import known_ops
 from paddledsv4.observe.ops import OpCall
 from paddledsv4.observe.replay import Call, copied, copied_values, replay
 
@@ -103,7 +103,7 @@ def arguments(call: OpCall) -> list[tuple[str, Any]]:
 
 def _names(call: OpCall) -> list[str]:
     """The op's own names of its positional arguments, which all its variants share."""
-    op = load_all().get(call.op)
+    op = known_ops().get(call.op)
     function = next((v.function for v in op.variants.values() if v.name == "paddle"), None) if op else None
     names = list(inspect.signature(function).parameters) if function else []
     return [*names, *(f"argument {i}" for i in range(len(names), len(call.args)))]
@@ -111,7 +111,7 @@ def _names(call: OpCall) -> list[str]:
 
 def result_name(op: str, index: int) -> str:
     """What the table of ops calls a result."""
-    names = OPS[op].outputs if op in OPS else ()
+    names = known_ops()[op].outputs if op in known_ops() else ()
     return names[min(index, len(names) - 1)] if names else f"its argument {index}, which it changes"
 
 
@@ -122,5 +122,5 @@ def results(call: OpCall, outputs: tuple) -> tuple:
 
 def in_place(op: str) -> bool:
     """Whether the table says that an op gives nothing but changes its arguments."""
-    return op in OPS and OPS[op].outputs == ()
+    return op in known_ops() and known_ops()[op].outputs == ()
 
