@@ -13,9 +13,10 @@ from align.ulps import Distance
 from paddledsv4.errors import UserError
 from paddledsv4.model import DTYPES
 from paddledsv4.numerics.bfloat16 import needs_emulation
-from paddledsv4.numerics.policy import Policy, installed
-from paddledsv4.numerics.registry import Op, load_all
+from paddledsv4.numerics.policy import Policy, check_usable, installed
+from paddledsv4.numerics.registry import Op
 from paddledsv4.observe.finite import described, is_finite, kind
+from paddledsv4.observe.known import known_ops
 from paddledsv4.observe.ops import OpCall
 from paddledsv4.observe.replay import replay
 from paddledsv4.observe.reproduction import Reproduction
@@ -44,9 +45,10 @@ def chosen_variants(op: Op, origin_variant: str, preset: str | None, variants: S
     """
     wanted = list(variants)
     if preset:
-        wanted.append(Policy.preset(preset).choices[op.name])
+        choice = Policy.preset(preset).choices.get(op.name, preset)  # a fused op is no switch
+        wanted.append(choice if choice in op.variants else "paddle")
     for name in wanted:
-        Policy.preset("paddle", {op.name: name})  # raises for one that cannot be used
+        check_usable(op, name)
     usable = [v.name for v in op.variants.values() if not v.needs or installed(v.needs)]
     ordered = dict.fromkeys([*([origin_variant] if origin_variant in usable else []), *(wanted or usable)])
     return list(ordered)
@@ -58,9 +60,9 @@ def rerun(recorded: Reproduction, preset: str | None = None, variants: Sequence[
     Raises:
         UserError: the op is in no table, exchanged tensors with other ranks, or refuses these arguments.
     """
-    origin, ops = recorded.origin, load_all()
+    origin, ops = recorded.origin, known_ops()
     if origin.op not in ops:
-        raise UserError(f"op {origin.op} is not in the table of ops of this paddledsv4")
+        raise UserError(f"op {origin.op} is no op of this paddledsv4")
     if origin.ranks > 1:
         raise UserError(
             f"{origin.op} exchanged tensors with {origin.ranks - 1} other ranks, so it cannot run alone; the file has "

@@ -19,9 +19,9 @@ from paddle import Tensor
 
 from paddledsv4.distributed.connect import fail_together
 from paddledsv4.errors import UserError
-from paddledsv4.numerics.registry import OPS
 from paddledsv4.observe.finite import described, is_finite, kind
 from paddledsv4.observe.flow import Edge, GradientFlow
+from paddledsv4.observe.known import variant_name
 from paddledsv4.observe.losses import NotFinite
 from paddledsv4.observe.ops import OpCall, OpObserver, watch_ops
 from paddledsv4.observe.reproduction import Origin, Reproduction
@@ -201,9 +201,3 @@ def culprit(suspects: list[Suspect]) -> tuple[Suspect, str]:
         return first, f"{first.text}; run again alone it gives finite numbers"
     where = ", ".join(f"{s.call.path or 'model'}: {s.call.op}" for s in others)
     return first, f"{first.text}; or one of {where} did, on the same tensor; run again alone each gives finite numbers"
-
-
-def variant_name(op: str, function) -> str:
-    """The name of a function in the table of ops; "" for one that stands in none."""
-    variants = OPS[op].variants.values() if op in OPS else ()
-    return next((v.name for v in variants if function in (v.function, v.emulated)), "")

@@ -11,9 +11,9 @@ from typing import Any
 from paddle import Tensor
 
 from paddledsv4.distributed.group import Group
-from paddledsv4.numerics.registry import OPS, load_all
 from paddledsv4.observe.finite import described, is_finite, kind
-from paddledsv4.observe.ops import OpCall
+from paddledsv4.observe.known import known_ops
+from paddledsv4.observe.ops import OpCall, tensors_in
 from paddledsv4.observe.replay import Call, copied, copied_values, replay
 
 Names = Mapping[int, str]  # id of a tensor -> the parameter, buffer or gradient that it is
@@ -103,24 +103,28 @@ def arguments(call: OpCall) -> list[tuple[str, Any]]:
 
 def _names(call: OpCall) -> list[str]:
     """The op's own names of its positional arguments, which all its variants share."""
-    op = load_all().get(call.op)
-    function = next((v.function for v in op.variants.values() if v.name == "paddle"), None) if op else None
-    names = list(inspect.signature(function).parameters) if function else []
+    names = _parameters(call.op)
     return [*names, *(f"argument {i}" for i in range(len(names), len(call.args)))]
+
+
+@functools.cache
+def _parameters(op: str) -> list[str]:
+    variant = known_ops()[op].variants.get("paddle") if op in known_ops() else None
+    return list(inspect.signature(variant.function).parameters) if variant else []
 
 
 def result_name(op: str, index: int) -> str:
     """What the table of ops calls a result."""
-    names = OPS[op].outputs if op in OPS else ()
+    names = known_ops()[op].outputs if op in known_ops() else ()
     return names[min(index, len(names) - 1)] if names else f"its argument {index}, which it changes"
 
 
 def results(call: OpCall, outputs: tuple) -> tuple:
     """What an op gave: its outputs, or the tensors that it changed in place."""
-    return outputs or tuple(x for _, x in arguments(call) if isinstance(x, Tensor))
+    return outputs or tuple(tensors_in(call.args))
 
 
 def in_place(op: str) -> bool:
     """Whether the table says that an op gives nothing but changes its arguments."""
-    return op in OPS and OPS[op].outputs == ()
+    return op in known_ops() and known_ops()[op].outputs == ()
 

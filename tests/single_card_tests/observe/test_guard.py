@@ -10,6 +10,7 @@ import pytest
 from checkpoints import numbers, small, state_bytes, train
 from planted import SpoiltGradient, layer_at, plant, spoilt
 
+from align.repro import rerun
 from paddledsv4.config.observe import ObserveConfig
 from paddledsv4.observe.guard import FiniteGuard
 from paddledsv4.observe.losses import NotFinite
@@ -91,6 +92,19 @@ def test_backward(tmp_path, preset, path, op, index, what):
     assert recorded.origin.direction == "backward" and recorded.call.gradients
     assert all(np.isfinite(g.numpy()).all() for g in recorded.call.gradients.values())
     assert all(np.isnan(g.numpy()).sum() == 1 for g in recorded.gradients.values())
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_head_and_loss_in_one(tmp_path, direction):
+    """The fused op is no switch, but it is watched all the same."""
+    runner = small(linear_cross_entropy=True)
+    plant(runner.model, "", "linear_cross_entropy", 3, direction, ever=True)
+    said = stopped(runner, tmp_path)
+    back = direction == "backward"
+    what = "the gradient of hidden" if back else "loss"
+    assert f"{'backward of ' if back else ''}model: linear_cross_entropy gave {what}, float32" in said
+    (file,) = tmp_path.iterdir()
+    assert {given.variant for given in rerun(read(file))} >= {"paddle", "megatron"}
 
 
 @pytest.mark.parametrize("ever", [True, False])
