@@ -30,7 +30,7 @@ $(VENV)/.base: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) --editable ".[dev,torch,sft,parquet]"
+	$(PIP) --editable ".[dev,torch,sft,parquet,tensorboard,visualdl]"
 	touch $@
 
 # The table of numeric switches in the README, from the code.
