@@ -28,8 +28,9 @@ class ProfileChoice:
             if ranks is not None:
                 raise UserError("--profile-ranks needs --profile-steps, such as 5:8")
             return None
-        first, _, last = steps.partition(":")
-        span = (int(first), int(last or first)) if _is_number(first) and _is_number(last or first) else (0, 0)
+        first, colon, last = steps.partition(":")
+        last = last if colon else first
+        span = (int(first), int(last)) if _is_number(first) and _is_number(last) else (0, 0)
         if not 1 <= span[0] <= span[1] <= last_step:
             raise UserError(
                 f"--profile-steps {steps}: must be FIRST:LAST, both profiled, of the steps 1 to {last_step} of this run"
