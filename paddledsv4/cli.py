@@ -12,13 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from paddledsv4.commands import convert, sft
+from paddledsv4.commands import convert, plot, profile, sft
 from paddledsv4.commands import resume as resuming
+from paddledsv4.commands.observing import metered
 from paddledsv4.commands.options import (
     CheckFinite,
     Force,
+    Metrics,
+    MetricsEvery,
     Numerics,
     Out,
+    ProfileRanks,
+    ProfileSteps,
     Resume,
     Save,
     SaveInterval,
@@ -92,6 +97,10 @@ def train(
     check_finite: CheckFinite = None,
     trace_attention: TraceAttention = None,
     trace_steps: TraceSteps = None,
+    metrics: Metrics = None,
+    metrics_every: MetricsEvery = None,
+    profile_steps: ProfileSteps = None,
+    profile_ranks: ProfileRanks = None,
 ) -> None:
     """Train a model and leave a folder with its log (train.jsonl) and loss curves (loss.png), and all it was made of.
 
@@ -114,12 +123,14 @@ def train(
         warmup_save=warmup_save, asynchronous=async_save,
     )
     changes = {"training": training, "checkpoint": saving, "output": str(out or recipe.output)}
-    recipe = recipe.model_copy(update=changes)
+    recipe = metered(recipe.model_copy(update=changes), metrics, metrics_every, profile_steps, profile_ranks)
     pretrain(recipe, lambda: choose_policy(recipe, numerics, given), resume, force)
 
 
 app.command(epilog=sft.EXAMPLES)(sft.sft)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
+app.command(epilog=plot.EXAMPLES)(plot.plot)
+app.command(epilog=profile.EXAMPLES)(profile.profile)
 app.command(epilog=resuming.EXAMPLES)(resuming.resume)
 
 

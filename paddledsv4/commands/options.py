@@ -18,6 +18,14 @@ SaveInterval = Annotated[
 Resume = Annotated[
     str | None, typer.Option(help="A checkpoint, a folder of them (its latest), or auto: the run's own, if it has one.")
 ]
+Metrics = Annotated[
+    str | None, typer.Option(metavar="FORMATS", help="Write metrics.jsonl, and tensorboard or visualdl: their files.")
+]
+MetricsEvery = Annotated[int | None, typer.Option(min=1, help="Metrics after every so many steps; 10 by default.")]
+ProfileSteps = Annotated[
+    str | None, typer.Option(metavar="FIRST:LAST", help="Profile these steps, both included; see paddledsv4 profile.")
+]
+ProfileRanks = Annotated[str | None, typer.Option(metavar="RANKS", help="Ranks to profile, such as 0,3; 0 by default.")]
 Force = Annotated[bool, typer.Option(help="Resume although configuration or numerics differ.")]
 CheckFinite = Annotated[
     Literal["off", "loss", "full"] | None,

@@ -72,6 +72,8 @@ def run_training(run: Run, keep: Callable[[Trainer], None] = lambda trainer: Non
     """
     from paddledsv4.distributed.connect import connect
     from paddledsv4.distributed.stopping import stop_signals
+    from paddledsv4.observe.metrics.run import with_metrics
+    from paddledsv4.observe.profile.record import with_profile
     from paddledsv4.observe.run import observing
     from paddledsv4.training.checkpoint.run import checkpointing
     from paddledsv4.training.trainer import Trainer
@@ -89,6 +91,8 @@ def run_training(run: Run, keep: Callable[[Trainer], None] = lambda trainer: Non
         ):
             for wrap in run.around:
                 results = wrap(trainer, results)
+            results = with_profile(trainer, results, recipe.observe.profile, run.folder)
+            results = with_metrics(trainer, results, recipe.observe.metrics, run.folder)
             if groups.world.rank == 0:
                 train_and_log(trainer, results, [*run.notes, *notes], run)
             else:

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from paddledsv4.commands.observing import metered
 from paddledsv4.commands.options import (
     CheckFinite,
     Force,
+    Metrics,
+    MetricsEvery,
     Numerics,
     Out,
+    ProfileRanks,
+    ProfileSteps,
     Resume,
     Save,
     SaveInterval,
@@ -54,6 +59,10 @@ def sft(
     check_finite: CheckFinite = None,
     trace_attention: TraceAttention = None,
     trace_steps: TraceSteps = None,
+    metrics: Metrics = None,
+    metrics_every: MetricsEvery = None,
+    profile_steps: ProfileSteps = None,
+    profile_ranks: ProfileRanks = None,
 ) -> None:
     """Fine-tune a model on conversations; leave a log, its curves and the weights in the output folder.
 
@@ -72,7 +81,7 @@ def sft(
         "checkpoint": choose_checkpoints(recipe, dir=save, save_interval=save_interval),
         "output": str(out or recipe.output),
     }
-    recipe = recipe.model_copy(update=changes)
+    recipe = metered(recipe.model_copy(update=changes), metrics, metrics_every, profile_steps, profile_ranks)
     fine_tune(recipe, lambda: choose_policy(recipe, numerics, given), resume, force)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from paddledsv4.errors import UserError
+from paddledsv4.observe.metrics.formats import check_installed
 
 FILE = "metrics.jsonl"
 Record = dict[str, float]  # {"step": number, tag: number, ...}
@@ -62,20 +61,6 @@ class VisualDL:
 
 
 VIEWERS: dict[str, type[Viewer]] = {"tensorboard": TensorBoard, "visualdl": VisualDL}
-
-
-def check_installed(formats: Iterable[str]) -> None:
-    """Whether the packages that write these formats are there; their names are those of the formats and of the extras.
-
-    Raises:
-        UserError: one is not.
-    """
-    for name in formats:
-        if name in VIEWERS and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f'metrics in the format {name} need the package {name}, which is not installed: '
-                f'pip install "paddledsv4[{name}]"'
-            )
 
 
 class MetricsLog:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import paddle
 from paddle.profiler import Profiler, ProfilerTarget
 
+from paddledsv4.config.profile import ProfileConfig
 from paddledsv4.observe.ops import watch_ops
-from paddledsv4.observe.profile.choice import ProfileChoice
 from paddledsv4.observe.profile.marks import STEP, OpMarks, mark, marked_collectives
 from paddledsv4.observe.profile.trace import chrome_events, write_trace
 from paddledsv4.observe.steps import StepObserver
@@ -27,13 +27,18 @@ def profile_path(folder: Path, rank: int) -> Path:
 
 
 def with_profile(
-    trainer: Trainer, results: Iterator[StepResult], choice: ProfileChoice | None, folder: Path
+    trainer: Trainer, results: Iterator[StepResult], config: ProfileConfig, folder: Path
 ) -> Iterator[StepResult]:
-    """The same results; a rank that is chosen leaves its trace in ``folder``, the others do nothing."""
+    """The same results; a rank that is chosen leaves its trace in ``folder``, the others do nothing.
+
+    Raises:
+        UserError: the run has no such rank or step.
+    """
+    config.check(trainer.groups.world.size, trainer.train_config.steps)
     rank = trainer.groups.world.rank
-    if choice is None or rank not in choice.ranks:
+    if config.steps is None or rank not in config.ranks:
         return results
-    recorder = ProfileRecorder(trainer, choice, profile_path(folder, rank))
+    recorder = ProfileRecorder(trainer, config, profile_path(folder, rank))
     trainer.observers.append(recorder)
     return _closed_after(results, recorder)
 
@@ -46,15 +51,16 @@ def _closed_after(results: Iterator[StepResult], recorder: ProfileRecorder) -> I
 class ProfileRecorder(StepObserver):
     """Watches the chosen steps; the trace is written after the last of them, or by :meth:`close` if that never came."""
 
-    def __init__(self, trainer: Trainer, choice: ProfileChoice, path: Path):
-        self.trainer, self.choice, self.path = trainer, choice, path
+    def __init__(self, trainer: Trainer, config: ProfileConfig, path: Path):
+        self.trainer, self.path = trainer, path
+        self.first, self.last = config.span
         self._marks = OpMarks()
         self._watching = contextlib.ExitStack()
         self._profiler = None
         self._step = None
 
     def begin_step(self, step: int) -> None:
-        if not self.choice.first <= step <= self.choice.last:
+        if not self.first <= step <= self.last:
             return
         if self._profiler is None:
             self._start()
@@ -68,7 +74,7 @@ class ProfileRecorder(StepObserver):
         if self._step is not None:
             self._step.end()
             self._step = None
-        if result.step == self.choice.last:
+        if result.step == self.last:
             self.close()
 
     def _start(self) -> None:

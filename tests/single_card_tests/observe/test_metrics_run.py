@@ -10,7 +10,8 @@ from checkpoints import numbers, small, state_bytes
 
 from paddledsv4.config.metrics import MetricsConfig
 from paddledsv4.errors import UserError
-from paddledsv4.observe.metrics.log import MetricsLog, check_installed, read_metrics
+from paddledsv4.observe.metrics.formats import check_installed
+from paddledsv4.observe.metrics.log import MetricsLog, read_metrics
 from paddledsv4.observe.metrics.run import with_metrics
 
 GROUPS = {"loss", "optimizer", "speed", "router", "expert_bias", "mhc", "attention", "indexer", "memory"}

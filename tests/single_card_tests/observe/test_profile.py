@@ -6,9 +6,9 @@ import time
 import pytest
 from checkpoints import numbers, small, state_bytes
 
+from paddledsv4.config.profile import ProfileConfig
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.function import differentiable
-from paddledsv4.observe.profile.choice import ProfileChoice
 from paddledsv4.observe.profile.record import profile_path, with_profile
 from paddledsv4.observe.profile.table import op_times
 from paddledsv4.observe.profile.trace import read_trace, write_trace
@@ -17,7 +17,7 @@ PAUSE = 0.25  # seconds; far more than any op of this model takes, on a busy mac
 
 
 def profiled(runner, folder, first: int = 2, last: int = 2, steps: int = 3, ranks=(0,)) -> list:
-    return list(with_profile(runner, runner.train(steps), ProfileChoice(ranks, first, last), folder))
+    return list(with_profile(runner, runner.train(steps), ProfileConfig(ranks=ranks, steps=f"{first}:{last}"), folder))
 
 
 def times_of(folder) -> dict:
@@ -89,19 +89,19 @@ def test_chrome_can_read_it(tmp_path):
 def test_other_ranks_and_steps_are_not_touched(tmp_path):
     runner = small()
     results = runner.train(3)
-    assert with_profile(runner, results, None, tmp_path) is results
-    assert with_profile(runner, results, ProfileChoice((1, 3), 1, 2), tmp_path) is results
+    assert with_profile(runner, results, ProfileConfig(), tmp_path) is results
+    assert with_profile(runner, results, ProfileConfig(ranks=(), steps="1:2"), tmp_path) is results
     assert not runner.observers
     table = runner.model.decoder.layers[0].mlp.router.ops
     before = dict(vars(table))
-    for result in with_profile(runner, results, ProfileChoice((0,), 2, 2), tmp_path):
+    for result in with_profile(runner, results, ProfileConfig(steps="2"), tmp_path):
         assert dict(vars(table)) == before, result.step
         assert profile_path(tmp_path, 0).exists() == (result.step >= 2)
 
 
 def test_a_run_that_ends_early_leaves_what_there_is(tmp_path):
     runner = small()
-    results = with_profile(runner, runner.train(9), ProfileChoice((0,), 2, 8), tmp_path)
+    results = with_profile(runner, runner.train(9), ProfileConfig(steps="2:8"), tmp_path)
     for result in results:
         if result.step == 3:
             break
@@ -127,29 +127,26 @@ def test_times_add_up_by_hand():
     assert (times.steps, times.milliseconds) == (2, 20.0) and times.between == pytest.approx(20 - 6.3)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "steps", "choice"),
-    [
-        (None, None, None), ("0,3", "5:8", ProfileChoice((0, 3), 5, 8)), (None, "5", ProfileChoice((0,), 5, 5)),
-        ("1,1", "1:10", ProfileChoice((1,), 1, 10)),
-    ],
-)  # fmt: skip
-def test_choices(ranks, steps, choice):
-    assert ProfileChoice.from_texts(ranks, steps, 4, 10) == choice
+@pytest.mark.parametrize(("steps", "span"), [("5:8", (5, 8)), ("5", (5, 5)), ("1:10", (1, 10)), (None, (0, 0))])
+def test_spans_of_steps(steps, span):
+    config = ProfileConfig(steps=steps, ranks=(0, 3))
+    assert config.span == span
+    config.check(4, 10)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "steps", "said"),
-    [
-        ("0", None, "--profile-ranks needs --profile-steps"), ("4", "5:8", "ranks from 0 to 3"),
-        ("0,", "5:8", "ranks from 0 to 3"), ("-1", "5:8", "ranks from 0 to 3"), ("٣", "5:8", "ranks from 0 to 3"),
-        (None, "8:5", "FIRST:LAST"), (None, "5:11", "steps 1 to 10"), (None, "0:5", "FIRST:LAST"),
-        (None, "5:", "FIRST:LAST"), (None, ":8", "FIRST:LAST"), (None, "5:8:2", "FIRST:LAST"), (None, "x", "FIRST:LAST"),
-    ],
-)  # fmt: skip
-def test_bad_choices(ranks, steps, said):
-    with pytest.raises(UserError, match=said):
-        ProfileChoice.from_texts(ranks, steps, 4, 10)
+@pytest.mark.parametrize("steps", ["8:5", "0:5", "5:", ":8", "5:8:2", "x", "", " 5", "٣", "1" * 5000])
+def test_bad_spans(steps):
+    with pytest.raises(UserError, match="profile.steps = .*: must be a step, or the first and the last one"):
+        ProfileConfig(steps=steps)
+
+
+def test_a_run_must_have_the_steps_and_the_ranks():
+    with pytest.raises(UserError, match="profile.steps = '5:11': must lie in 1 to 10"):
+        ProfileConfig(steps="5:11").check(4, 10)
+    with pytest.raises(UserError, match="profile.ranks = .*: must be below 4"):
+        ProfileConfig(steps="5:8", ranks=(0, 4)).check(4, 10)
+    with pytest.raises(UserError, match="must be at least 0"):
+        ProfileConfig(steps="5:8", ranks=(-1,))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents": 3}', '{"traceEvents": []}', "[" * 100_000,
