@@ -78,10 +78,12 @@ def _inside(event: Event, outer: Event) -> bool:
 
 
 def as_table(times: OpTimes, title: str) -> Table:
-    """For people: per step, longest first."""
+    """For people: longest first."""
     per_step = f"{times.milliseconds / times.steps:,.1f} ms a step"
-    table = Table("op", title=f"{title}: {times.steps} step{'s' if times.steps > 1 else ''}, {per_step}")
-    for heading in ("calls", "forward ms", "backward ms", "total ms", "share", "mean ms"):
+    steps = f"{times.steps} step{'s' if times.steps > 1 else ''}"
+    table = Table(title=f"{title}: milliseconds of {steps}, {per_step}")
+    table.add_column("op", no_wrap=True, min_width=max((len(op.name) for op in times.ops), default=0))
+    for heading in ("calls", "forward", "backward", "total", "share", "mean"):
         table.add_column(heading, justify="right")
     for op in times.ops:
         share, mean = op.total / times.milliseconds, op.total / max(op.calls, 1)
