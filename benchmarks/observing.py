@@ -114,4 +114,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main, EXAMPLES)
+    run(main, __doc__, EXAMPLES)
