@@ -23,7 +23,7 @@ def observed(
         UserError: they say nothing legal, a package is missing that they need, or the run has no such step or rank.
     """
     observe = recipe.observe.changed(check_finite, trace_attention, trace_steps)
-    wanted, profile = recipe.metrics, recipe.profile
+    wanted, profile = observe.metrics, observe.profile
     if metrics is not None:
         wanted = wanted.replace(formats=tuple(metrics.replace(" ", "").split(",")))
     if every is not None:
@@ -40,4 +40,4 @@ def observed(
         profile = profile.replace(ranks=tuple(map(int, ranks.split(","))))
     check_installed(wanted.formats)
     profile.check(recipe.parallel.world_size, recipe.training.steps)
-    return recipe.model_copy(update={"observe": observe, "metrics": wanted, "profile": profile})
+    return recipe.model_copy(update={"observe": observe.replace(metrics=wanted, profile=profile)})

@@ -92,8 +92,8 @@ def run_training(run: Run, keep: Callable[[Trainer], None] = lambda trainer: Non
         ):
             for wrap in run.around:
                 results = wrap(trainer, results)
-            results = with_profile(trainer, results, recipe.profile, run.folder)
-            results = with_metrics(trainer, results, recipe.metrics, run.folder)
+            results = with_profile(trainer, results, recipe.observe.profile, run.folder)
+            results = with_metrics(trainer, results, recipe.observe.metrics, run.folder)
             if groups.world.rank == 0:
                 train_and_log(trainer, results, [*run.notes, *notes], run)
             else:

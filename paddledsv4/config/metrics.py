@@ -19,7 +19,7 @@ class MetricsConfig(StrictConfig):
     ``every``: after every so many steps.
     """
 
-    SECTION: ClassVar[str] = "metrics."
+    SECTION: ClassVar[str] = "observe.metrics."
 
     formats: Annotated[tuple[Format, ...], Field(strict=False)] = ()
     every: Count = 10

@@ -9,6 +9,8 @@ from pydantic import AfterValidator, model_validator
 from typing_extensions import Self
 
 from paddledsv4.config.base import StrictConfig
+from paddledsv4.config.metrics import MetricsConfig
+from paddledsv4.config.profile import ProfileConfig
 from paddledsv4.errors import UserError
 
 CheckFinite = Literal["off", "loss", "full"]
@@ -60,6 +62,8 @@ class ObserveConfig(StrictConfig):
 
     check_finite: CheckFinite = "loss"
     trace_attention: AttentionTraceConfig | None = None
+    metrics: MetricsConfig = MetricsConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="before")
     @classmethod

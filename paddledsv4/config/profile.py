@@ -17,7 +17,7 @@ _STEPS = re.compile(r"([0-9]{1,9})(?::([0-9]{1,9}))?")
 class ProfileConfig(StrictConfig):
     """``steps``: "5:8", both included, or "5"; none by default. ``ranks``: those that leave a profile."""
 
-    SECTION: ClassVar[str] = "profile."
+    SECTION: ClassVar[str] = "observe.profile."
 
     steps: str | None = None
     ranks: Annotated[tuple[Rank, ...], Field(strict=False)] = (0,)

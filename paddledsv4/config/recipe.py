@@ -12,10 +12,8 @@ from paddledsv4.config.base import StrictConfig
 from paddledsv4.config.checkpoint import CheckpointConfig
 from paddledsv4.config.files import read_mapping
 from paddledsv4.config.lora import LoraConfig
-from paddledsv4.config.metrics import MetricsConfig
 from paddledsv4.config.model import ModelConfig
 from paddledsv4.config.observe import ObserveConfig
-from paddledsv4.config.profile import ProfileConfig
 from paddledsv4.config.training import ParallelConfig, TrainConfig
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.rules import Overrides
@@ -48,8 +46,6 @@ class BaseRecipe(StrictConfig):
     numerics: Any = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
-    metrics: MetricsConfig = MetricsConfig()
-    profile: ProfileConfig = ProfileConfig()
     output: str = "runs/paddledsv4"
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from paddledsv4.observe.profile.marks import BACKWARD, COLLECTIVE, FORWARD, SEPA
 Event = dict[str, Any]
 OURS = {FORWARD: "layer", COLLECTIVE: "group", STEP: "step"}  # and what the place of such a mark is called
 WITHIN = ("OperatorInner", "DygraphKernelLaunch", "UserDefined")  # parts of one Paddle op, three quarters of all events
+OPERATOR = " dygraph"  # Paddle's suffix of one of its ops, which has nothing inside but such parts
 NODE = "Global_"  # Paddle's prefix of the events of nodes of autograd
 
 
@@ -32,7 +33,8 @@ def chrome_events(roots: dict[int, Any], inner: list[Counter[str]], rank: int) -
 
 
 def _events(node: Any, owners: _Owners, thread: Event) -> Iterator[Event]:
-    kind, *rest = node.name.split(SEPARATOR)
+    name = node.name
+    kind, *rest = name.split(SEPARATOR)
     if rest and kind == BACKWARD:
         return
     event = thread | {"ts": node.start_ns / 1000, "dur": (node.end_ns - node.start_ns) / 1000}
@@ -42,7 +44,9 @@ def _events(node: Any, owners: _Owners, thread: Event) -> Iterator[Event]:
         owners.forget()
         yield event | {"name": rest[0], "cat": kind} | ({"args": {OURS[kind]: rest[1]}} if rest[1] else {})
     elif (category := str(node.type).rpartition(".")[2]) not in WITHIN:
-        yield event | {"name": node.name, "cat": category}
+        yield event | {"name": name, "cat": category}
+        if name.endswith(OPERATOR):
+            return
     for child in node.children_node:
         yield from _events(child, owners, thread)
 

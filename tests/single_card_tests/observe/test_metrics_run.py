@@ -120,5 +120,5 @@ def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeyp
 
 
 def test_unknown_formats_are_refused():
-    with pytest.raises(UserError, match="metrics.formats.0 = 'csv': must be 'jsonl', 'tensorboard' or 'visualdl'"):
+    with pytest.raises(UserError, match="observe.metrics.formats.0 = 'csv': must be 'jsonl', 'tens"):
         MetricsConfig.from_dict({"formats": ["csv"]})

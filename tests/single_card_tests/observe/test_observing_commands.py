@@ -55,11 +55,11 @@ def test_a_run_leaves_what_was_asked_for_and_it_can_be_shown(recipe, tmp_path, c
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--metrics", "csv"], "metrics.formats.0 = 'csv': must be 'jsonl', 'tensorboard' or 'visualdl'"),
-        (["--metrics", ""], "metrics.formats.0 = '': must be"),
+        (["--metrics", "csv"], "observe.metrics.formats.0 = 'csv': must be 'jsonl', 'tensorboard' or 'visualdl'"),
+        (["--metrics", ""], "observe.metrics.formats.0 = '': must be"),
         (["--metrics-every", "2"], "--metrics-every goes with --metrics, such as jsonl,tensorboard,visualdl"),
         (["--profile-ranks", "0"], "--profile-ranks goes with --profile-steps, such as 5:8"),
-        (["--profile-steps", "3:5"], "profile.steps = '3:5': must lie in 1 to 4, the last step of this run"),
+        (["--profile-steps", "3:5"], "observe.profile.steps = '3:5': must lie in 1 to 4, the last step of this run"),
         (["--profile-steps", "2", "--profile-ranks", "1"], "must be below 1, the number of ranks"),
         (["--profile-steps", "2", "--profile-ranks", "0,x"], "must be ranks with commas between them, such as 0,3"),
     ],

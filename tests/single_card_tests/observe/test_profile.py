@@ -136,14 +136,14 @@ def test_spans_of_steps(steps, span):
 
 @pytest.mark.parametrize("steps", ["8:5", "0:5", "5:", ":8", "5:8:2", "x", "", " 5", "٣", "1" * 5000])
 def test_bad_spans(steps):
-    with pytest.raises(UserError, match="profile.steps = .*: must be a step, or the first and the last one"):
+    with pytest.raises(UserError, match="observe.profile.steps = .*: must be a step, or the first and the last one"):
         ProfileConfig(steps=steps)
 
 
 def test_a_run_must_have_the_steps_and_the_ranks():
-    with pytest.raises(UserError, match="profile.steps = '5:11': must lie in 1 to 10"):
+    with pytest.raises(UserError, match="observe.profile.steps = '5:11': must lie in 1 to 10"):
         ProfileConfig(steps="5:11").check(4, 10)
-    with pytest.raises(UserError, match="profile.ranks = .*: must be below 4"):
+    with pytest.raises(UserError, match="observe.profile.ranks = .*: must be below 4"):
         ProfileConfig(steps="5:8", ranks=(0, 4)).check(4, 10)
     with pytest.raises(UserError, match="must be at least 0"):
         ProfileConfig(steps="5:8", ranks=(-1,))
