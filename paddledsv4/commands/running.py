@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -21,8 +23,6 @@ from paddledsv4.numerics.settings import with_environment
 from paddledsv4.training.run_directory import CHECKPOINTS
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from paddledsv4.numerics.policy import Policy
     from paddledsv4.training.data import Source
     from paddledsv4.training.runlog import RunLog
@@ -80,6 +80,8 @@ def run_training(run: Run, keep: Callable[[Trainer], None] = lambda trainer: Non
     from paddledsv4.training.trainer import Trainer
 
     recipe = run.recipe
+    random.seed(recipe.training.seed)  # Paddle's generator is the trainer's affair, as it belongs to a step
+    np.random.seed(recipe.training.seed % 2**32)
     with stop_signals() as stopping, connect(recipe.parallel) as groups:
         trainer = Trainer(
             recipe.model, recipe.training, run.policy, run.source, parallel=recipe.parallel, groups=groups,

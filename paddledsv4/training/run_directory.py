@@ -14,6 +14,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+from typing_extensions import NotRequired, TypedDict
+
 from paddledsv4.errors import UserError
 from paddledsv4.training.checkpoint.directory import write_json
 from paddledsv4.training.checkpoint.record import read_sealed, seal
@@ -24,11 +27,41 @@ if TYPE_CHECKING:
     from paddledsv4.numerics.policy import Policy
 
 RUN, CHECKPOINTS, FORMAT = "run.json", "checkpoints", 1
-FIELDS = {  # what a run goes on from
-    "command": str, "folder": str, "recipe": dict, "numerics": dict, "numerics.preset": str,
-    "numerics.fingerprint": str, "numerics.policy": dict, "code.sources": str, "versions": dict, "variables": dict,
-    "starts": list,
-}  # fmt: skip
+
+
+class Numerics(TypedDict):
+    """See :class:`paddledsv4.numerics.policy.Policy`."""
+
+    preset: str
+    fingerprint: str
+    policy: dict[str, str]
+
+
+class Code(TypedDict):
+    """See :func:`paddledsv4.training.provenance.provenance`."""
+
+    version: str | None
+    sources: str
+    revision: NotRequired[str]
+    changed: NotRequired[list[str]]
+
+
+class RunRecord(TypedDict):
+    """``run.json``."""
+
+    format: int
+    command: str
+    folder: str
+    recipe: dict[str, Any]
+    numerics: Numerics
+    code: Code
+    versions: dict[str, str | None]
+    variables: dict[str, str]
+    machine: dict[str, Any]
+    starts: list[dict[str, Any]]
+
+
+RUN_FORM = TypeAdapter(RunRecord)
 
 
 def write_run(folder: Path, command: str, recipe: BaseRecipe, policy: Policy, resumed: int | None) -> None:
@@ -66,11 +99,4 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     if not (folder / RUN).is_file():
         raise UserError(f"{folder}: is not the folder of a run: it has no {RUN}")
-    values = read_sealed(folder / RUN, FORMAT)
-    for path, kind in FIELDS.items():
-        found: Any = values
-        for name in path.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        if not isinstance(found, kind):
-            raise UserError(f"{folder / RUN}: {path} is {'missing' if found is None else f'no {kind.__name__}'}")
-    return values
+    return read_sealed(folder / RUN, FORMAT, RUN_FORM)

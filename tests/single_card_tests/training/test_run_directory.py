@@ -150,7 +150,8 @@ REFUSED = {
         lambda f: edited(f, lambda v: v["versions"].update(numpy="1.0")), "numpy was 1.0 and is "),
     "other kernels": (
         lambda f: edited(f, lambda v: v["variables"].update(OMP_NUM_THREADS="64")), "OMP_NUM_THREADS was 64 and is 1"),
-    "parts are missing": (lambda f: edited(f, lambda v: v.pop("numerics")), "run.json: numerics is missing"),
+    "parts are missing": (
+        lambda f: edited(f, lambda v: v.pop("numerics")), "run.json: is damaged: numerics: Field required"),
     "other data": (
         lambda f: edited(f, lambda v: v["recipe"]["data"].update(tokens=str(f / "none.npy"))), "there is no such file"),
 }  # fmt: skip
