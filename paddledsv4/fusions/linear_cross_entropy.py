@@ -14,15 +14,15 @@ from paddle import Tensor
 
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.megatron import megatron_order
-from paddledsv4.numerics.registry import Op
+from paddledsv4.numerics.registry import follower
 from paddledsv4.ops.precision import widen
 from paddledsv4.ops.reduce import row_sum
 
 BLOCK = 1 << 24  # elements: 64 MiB in float32
 ROWS = 64  # blocks have a multiple of so many rows, but for the last one
 
-linear_cross_entropy = Op("linear_cross_entropy", "cross entropy of a linear head, without its logits", spec="11",
-                          outputs=("loss",), wide=("loss",))
+linear_cross_entropy = follower("linear_cross_entropy", "cross entropy of a linear head, without its logits", spec="11",
+                                follows="cross_entropy", outputs=("loss",), wide=("loss",))
 
 
 def blocks(total: int, width: int) -> list[slice]:

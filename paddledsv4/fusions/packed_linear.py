@@ -15,12 +15,12 @@ from paddle import Tensor
 
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.megatron import megatron_order
-from paddledsv4.numerics.registry import Op
+from paddledsv4.numerics.registry import follower
 from paddledsv4.ops.precision import dtype_name
 from paddledsv4.weights import mxfp4
 from paddledsv4.weights.fp8 import E8M0
 
-input_gradient = Op("linear_input_gradient", "dy W: the gradient of x in x W^T", spec="0")
+input_gradient = follower("linear_input_gradient", "dy W: the gradient of x in x W^T", spec="0", follows="linear")
 
 # The four columns in every pair of bytes, as one number of 16 bytes: one lookup finds them all.
 _FOURS = np.concatenate([np.tile(mxfp4.PAIRS, (256, 1)), np.repeat(mxfp4.PAIRS, 256, 0)], 1).view(np.complex128)[:, 0]

@@ -42,7 +42,7 @@ class PackedLinear(nn.Layer):
                 f"parallel.expert_tensor = {group.size}: must be 1 with training.expert_weight_format = 'mxfp4', whose "
                 "experts are not split; spread them with parallel.expert"
             )
-        self.ops, self.dx = build.ops, build.follow(input_gradient, "linear")
+        self.ops, self.dx = build.ops, build.follow(input_gradient)
         self.register_buffer("weight", paddle.empty([out_features, in_features // 2], "int8"))
         self.register_buffer("weight_scale", paddle.empty([out_features, in_features // BLOCK], "uint8"))
         if not parameters_are_unset():
