@@ -1,4 +1,4 @@
-"""How many programs a persistent kernel has: one a multiprocessor, each of which goes on to its next tile."""
+"""What kernels run on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import triton
 from triton.runtime.jit import JITFunction
 
 
+@triton.jit
+def _nothing():
+    pass
+
+
+def compiled() -> bool:
+    """Whether kernels are compiled for a GPU; False in Triton's interpreter."""
+    return isinstance(_nothing, JITFunction)
+
+
 @functools.cache
 def multiprocessors() -> int:
-    """Of the current device; a few in Triton's interpreter, so that its programs have several tiles too."""
-    if not isinstance(_compiled, JITFunction):
+    """Of the current device: as many programs has a persistent kernel. A few in the interpreter, so that each has
+    several tiles there too."""
+    if not compiled():
         return 3
     driver = triton.runtime.driver.active
     return driver.utils.get_device_properties(driver.get_current_device())["multiprocessor_count"]
-
-
-@triton.jit
-def _compiled():
-    """An interpreted function is of another class."""
-    pass
