@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,9 @@ class Head:
     def both(self):
         losses, logs = self.forward()
         return losses, *linear_cross_entropy.backward(CARRIER, self.dloss, self.x, self.weight, self.labels, logs)
+
+    def at_once(self):
+        return linear_cross_entropy.losses_and_gradients(CARRIER, self.x, self.weight, self.labels, self.dloss)
 
     def truth(self, rows: slice, columns: slice) -> tuple[torch.Tensor, ...]:
         """All losses, dx of some tokens, dW of some words."""
@@ -111,16 +115,18 @@ def head(tokens: int) -> Iterator[Case]:
     )
     yield Case(f"linear cross-entropy, backward, {tokens}", h.backward, "flops", 2 * product,
                lambda: h.check(h.backward), 1e-2)
-    yield Case(
-        f"linear cross-entropy, both, {tokens}", h.both, "flops", 3 * product, lambda: h.check(h.both), 1e-2,
-        unfused=h.trained(lambda x, weight: F.cross_entropy(x @ weight.T, h.labels, reduction="none")),
-        peers={
-            "liger none": lambda: h.liger("none"), "liger mean": lambda: h.liger("mean"),
-            "cut-cross-entropy, exact": lambda: h.cce(None), "cut-cross-entropy, filtered": lambda: h.cce("auto"),
-            "quack mean": h.quack,
-        },
-        graph=False, goal=1.0, rival="fastest peer",
-    )  # fmt: skip
+    # With a weight for every token that is known only when the gradient comes, and with one known beforehand.
+    late = {
+        "liger none": lambda: h.liger("none"), "cut-cross-entropy, exact": lambda: h.cce(None),
+        "cut-cross-entropy, filtered": lambda: h.cce("auto"),
+    }  # fmt: skip
+    early = {"liger mean": lambda: h.liger("mean"), "quack mean": h.quack}
+    for name, function, peers in (("both", h.both, late), ("both at once", h.at_once, early)):
+        yield Case(
+            f"linear cross-entropy, {name}, {tokens}", function, "flops", 3 * product, partial(h.check, function), 1e-2,
+            unfused=h.trained(lambda x, weight: F.cross_entropy(x @ weight.T, h.labels, reduction="none")),
+            peers=peers, graph=False, goal=1.0, rival="fastest peer",
+        )
 
 
 class Experts:
