@@ -181,7 +181,7 @@ def _config(dtype: str) -> dict[str, int]:
     """Tiles for the matrix units' bfloat16, small enough that a multiprocessor has two programs: one unpacks while the
     other multiplies. float32 is multiplied as it is, without the matrix units."""
     if dtype == "bfloat16":
-        return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 4, "num_stages": 4}
+        return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 4, "num_stages": 3}
     return {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2}
 
 
