@@ -1,4 +1,8 @@
 """The table's ``fused`` variants: importing this module registers them beside those of ``paddledsv4/ops``."""
 
 import paddledsv4.ops  # noqa: F401  (the ops come first)
-from paddledsv4.fusions import rms_norm  # noqa: F401
+from paddledsv4.fusions import (  # noqa: F401
+    linear_cross_entropy,
+    packed_linear,
+    rms_norm,
+)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from paddledsv4.errors import UserError
-from paddledsv4.numerics.registry import OPS, Op, installed, load_all
+from paddledsv4.numerics.registry import FOLLOWERS, OPS, Op, Variant, installed, load_all
 from paddledsv4.numerics.rules import LayerRule, Overrides, layer_rules
 from paddledsv4.numerics.settings import SETTINGS
 
@@ -77,6 +77,8 @@ class Policy:
                 passed_over[op.name] = f"{candidates.pop(0).name}: {missing}"
             choices[op.name] = overrides.get(op.name) or candidates[0].name
             check_usable(op, choices[op.name])
+        if name == AUTO:
+            passed_over |= {op.name: reason for op in FOLLOWERS.values() if (reason := _passed_over(op, overrides))}
         kept: dict[tuple[str, str], LayerRule] = {}
         for rule in layers:
             check_usable(_known(rule.op), rule.variant)
@@ -122,6 +124,13 @@ class Policy:
         """
         chosen = {op: OPS[op].variants[choice] for op, choice in self.at(path).items()}
         return SimpleNamespace(**{op: (emulate_bfloat16 and v.emulated) or v.function for op, v in chosen.items()})
+
+    def follower(self, op: Op, path: str = "") -> Variant:
+        """What is chosen at ``path`` for an op outside the table; ``auto`` takes its kernel where it can run."""
+        choice = self.at(path)[op.follows]
+        if self.name == AUTO and choice == "paddle" and "fused" in op.variants and op.name not in self.passed_over:
+            choice = "fused"
+        return op.variants.get(choice) or op.variants["paddle"]
 
     def check_layers(self, paths: Iterable[str]) -> None:
         """Whether every layer rule means some layer of a model whose layers with ops are at ``paths``.
@@ -173,6 +182,14 @@ def _known(op: str) -> Op:
     if op not in OPS:
         raise UserError(f"numerics: there is no op {op!r}; the ops are: {', '.join(sorted(OPS))}")
     return OPS[op]
+
+
+def _passed_over(op: Op, overrides: Mapping[str, str]) -> str:
+    """Why ``auto`` leaves out the kernel of an op outside the table; "" if it does not."""
+    if "fused" not in op.variants:
+        return ""
+    missing = f"{op.follows} is set" if op.follows in overrides else op.variants["fused"].missing()
+    return missing and f"fused: {missing}"
 
 
 def check_usable(op: Op, choice: str) -> None:

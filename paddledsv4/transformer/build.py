@@ -51,10 +51,9 @@ class Build:
         """The ops of this layer, resolved: ``ops.rms_norm(x, weight, eps)``."""
         return self.policy.ops(self.path, emulate_bfloat16=needs_emulation(self.dtype))
 
-    def follow(self, fused: Op, op: str) -> Callable:
-        """The function of an op outside the table that goes with this layer's choice for ``op``, ``paddle`` where it
-        has none of that name."""
-        chosen = fused.variants.get(self.policy.at(self.path)[op], fused.variants["paddle"])
+    def follow(self, op: Op) -> Callable:
+        """The function of an op outside the table for this layer."""
+        chosen = self.policy.follower(op, self.path)
         return (needs_emulation(self.dtype) and chosen.emulated) or chosen.function
 
     @property
