@@ -179,4 +179,4 @@ def backward(
                 *sizes, ratio, offset, scale, keys.slots, **shape, **options,
             )
             keys.add(parts, first, rows)
-    return dq, *keys.results(), column_sums(carrier, dsinks, s * b, heads, carrier.dtype(sink))
+    return dq, *keys.results(), column_sums(carrier, dsinks, s * b, sink.shape, carrier.dtype(sink))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
@@ -19,11 +22,13 @@ def _column_sums(x, total, rows, L, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(total + tl.program_id(0) * L + i, tl.sum(v, 0).to(total.dtype.element_ty), i < L)
 
 
-def column_sums(carrier: Carrier, x: T, rows: int, width: int, dtype: str) -> T:
-    """x of rows * width contiguous float32 -> [width] in ``dtype``: sums of ROWS rows, then of their sums."""
+def column_sums(carrier: Carrier, x: T, rows: int, shape: Sequence[int], dtype: str) -> T:
+    """x of ``rows`` contiguous float32 tensors of ``shape`` -> their sum in ``dtype``: of ROWS rows at a time, then of
+    these sums."""
+    width = math.prod(shape)
     while True:
         left = triton.cdiv(rows, ROWS)
-        total = carrier.empty([width] if left == 1 else [left, width], dtype if left == 1 else "float32", x)
+        total = carrier.empty(shape if left == 1 else [left, width], dtype if left == 1 else "float32", x)
         carrier.launch(_column_sums, (left, triton.cdiv(width, 32)), x, total, rows, width, ROWS=ROWS, BLOCK=32,
                        num_warps=4)
         if left == 1:
@@ -41,9 +46,7 @@ def cast(carrier: Carrier, x: T, dtype: str) -> T:
     """Contiguous x in ``dtype``; x itself if it is that."""
     if carrier.dtype(x) == dtype:
         return x
-    count = 1
-    for size in x.shape:
-        count *= size
+    count = math.prod(x.shape)
     y = carrier.empty(x.shape, dtype, x)
     carrier.launch(_cast, (triton.cdiv(count, 4096),), x, y, count, BLOCK=4096, num_warps=8)
     return y
