@@ -1,7 +1,7 @@
-"""Which keys a query of sparse attention sees: its list of slots, cut into tiles.
+"""Which keys a query of sparse attention sees: its list of slots, cut into tiles of BLOCK_N.
 
-Slots 0 to ``window`` are the positions up to the query's own, ascending; behind them stand the compressed entries,
-by an index list or all complete ones. kv [n, b, D], compressed [g, b, D], selected [b, s, K].
+The first tiles hold the ``window`` positions up to the query's own, ascending; the ones behind them the compressed
+entries, by an index list or all complete ones. kv [n, b, D], compressed [g, b, D], selected [b, s, K].
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def far_slots(selected, row, b, batch, s, K, g, ratio, offset, FAR: tl.constexpr
 @triton.jit
 def key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D, WINDOW: tl.constexpr,
              FAR: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The BLOCK_N keys of a tile: pointers to their first numbers, their slots, and which of them there are.
+    """The BLOCK_N keys of a tile: pointers to their first numbers, and which of them there are.
 
     Where there is none the pointer is that of the query's own key: whatever is read and then weighed with zero must
     be finite, and of no later position.
@@ -42,7 +42,6 @@ def key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D, WIN
     valid = (near < WINDOW) & (position >= 0)
     position = tl.where(valid, position, own)
     pointers = kv + (position.to(tl.int64) * b + batch) * D
-    slots = near
     if FAR != NONE:
         behind = (tile - NEAR) * BLOCK_N + i
         is_far = tile >= NEAR
@@ -54,5 +53,4 @@ def key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D, WIN
         exists = entry >= 0
         pointers = tl.where(exists, compressed + (entry.to(tl.int64) * b + batch) * D, pointers)
         valid = tl.where(is_far, exists, valid)
-        slots = tl.where(is_far, WINDOW + behind, near)
-    return pointers, slots, valid
+    return pointers, valid

@@ -25,7 +25,7 @@ def _place(selected, places, first, rows, s, g, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _invert(places, lists, counts, rows, g, b, slots, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+def _invert(places, lists, counts, rows, g, b, slots, NEAR_SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """lists [b, g, rows]: the rows of the parts that belong to an entry, one after another; counts [b, g]."""
     entry = tl.program_id(1) * g + tl.program_id(0)
     count = 0
@@ -34,7 +34,7 @@ def _invert(places, lists, counts, rows, g, b, slots, WINDOW: tl.constexpr, BLOC
         place = tl.load(places + entry.to(tl.int64) * rows + row, row < rows, 0).to(tl.int32)
         chosen = (place > 0).to(tl.int32)
         to = count + tl.cumsum(chosen, 0) - 1
-        part = (row * b + tl.program_id(1)) * slots + WINDOW + place - 1
+        part = (row * b + tl.program_id(1)) * slots + NEAR_SLOTS + place - 1
         tl.store(lists + entry.to(tl.int64) * rows + to, part, place > 0)
         count += tl.sum(chosen, 0)
     tl.store(counts + entry, count)
@@ -42,7 +42,7 @@ def _invert(places, lists, counts, rows, g, b, slots, WINDOW: tl.constexpr, BLOC
 
 @triton.jit
 def _add(parts, total, lists, counts, first, rows, slots, before, b, g, D, ratio, offset, WHICH: tl.constexpr,
-         WINDOW: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+         WINDOW: tl.constexpr, NEAR_SLOTS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
     """Add to a row of ``total`` [.., b, D] the parts of its key. ``before``: keys of kv before the first query."""
     key, batch = tl.program_id(0), tl.program_id(1)
     d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -60,7 +60,7 @@ def _add(parts, total, lists, counts, first, rows, slots, before, b, g, D, ratio
         if WHICH == LIST:
             part = tl.load(lists + (batch * g + key).to(tl.int64) * rows + i, i < high, 0)
         elif WHICH == ALL:
-            part = (i * b + batch) * slots + WINDOW + key
+            part = (i * b + batch) * slots + NEAR_SLOTS + key
         else:
             part = (i * b + batch) * slots + WINDOW - 1 - (first + i + before - key)
         inside = (i[:, None] < high) & (d[None, :] < D)
@@ -73,16 +73,18 @@ def _add(parts, total, lists, counts, first, rows, slots, before, b, g, D, ratio
 class KeyGradients:
     """The gradients of kv [n, b, D] and of the compressed entries [g, b, D], in float32 until they are complete.
 
-    A query's parts stand in ``slots``: ``window`` of them, then one per index or per entry.
+    A query's parts stand in ``slots``: those of its window and then one per index or per entry, both rounded up to
+    whole tiles of ``tile``.
     """
 
     def __init__(self, carrier: Carrier, query: T, kv: T, compressed: T | None, selected: T | None, window: int,
-                 ratio: int, offset: int):
+                 ratio: int, offset: int, tile: int):
         self.carrier, self.kv, self.compressed, self.selected = carrier, kv, compressed, selected
         self.window, self.ratio, self.offset = window, ratio, offset
         self.s, self.b, _, self.d = query.shape
         self.groups = 0 if compressed is None else compressed.shape[0]
-        self.slots = window + (self.groups if selected is None else selected.shape[2])
+        self.near = triton.cdiv(window, tile) * tile
+        self.slots = self.near + triton.cdiv(self.groups if selected is None else selected.shape[2], tile) * tile
         self.dkv = carrier.zeros(kv.shape, "float32", kv)
         self.dcompressed = None if compressed is None else carrier.zeros(compressed.shape, "float32", compressed)
         self.lists, self.counts = kv, kv
@@ -98,7 +100,7 @@ class KeyGradients:
         self.carrier.launch(_place, (rows, self.b), self.selected, places, first, rows, self.s, self.groups, width,
                             BLOCK_K=triton.next_power_of_2(width), num_warps=4)
         self.carrier.launch(_invert, (self.groups, self.b), places, self.lists, self.counts, rows, self.groups, self.b,
-                            self.slots, WINDOW=self.window, BLOCK=min(triton.next_power_of_2(rows), 1024), num_warps=4)
+                            self.slots, NEAR_SLOTS=self.near, BLOCK=min(triton.next_power_of_2(rows), 1024), num_warps=4)
 
     def add(self, parts: T, first: int, rows: int) -> None:
         """Add ``parts`` [rows, b, slots, D] of the queries from ``first`` on."""
@@ -111,7 +113,7 @@ class KeyGradients:
         self.carrier.launch(
             _add, (keys, self.b, triton.cdiv(self.d, block)), parts, total, self.lists, self.counts, first, rows,
             self.slots, self.kv.shape[0] - self.s, self.b, self.groups, self.d, self.ratio, self.offset,
-            WHICH=which, WINDOW=self.window, STEP=16, BLOCK=block, num_warps=4,
+            WHICH=which, WINDOW=self.window, NEAR_SLOTS=self.near, STEP=16, BLOCK=block, num_warps=4,
         )
 
     def results(self) -> tuple[T, T | None]:

@@ -34,8 +34,8 @@ def _forward(q, kv, compressed, selected, sink, out, lse, s, b, n, g, K, H, D, r
     far = far_slots(selected, row, b, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
     tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
     for tile in range(tiles):
-        pointers, _, valid = key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D,
-                                      WINDOW, FAR, BLOCK_N)
+        pointers, valid = key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D,
+                                   WINDOW, FAR, BLOCK_N)
         keys = tl.load(pointers[:, None] + d[None, :], d[None, :] < D, 0.0)
         score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
         score = tl.where(valid[None, :], score, float("-inf"))
@@ -59,17 +59,12 @@ def limits(carrier: Carrier, query: T) -> str:
     return ""
 
 
-def _shape(carrier: Carrier, query: T, kv: T, compressed: T | None, selected: T | None, window: int) -> dict:
-    """The constants that every kernel over the same keys is compiled for."""
-    heads, d = query.shape[2:]
-    return {
-        "WINDOW": window,
-        "FAR": (NONE if compressed is None else ALL if selected is None else LIST).value,
-        "BLOCK_K": triton.next_power_of_2(1 if selected is None else selected.shape[2]),
-        "BLOCK_H": min(max(triton.next_power_of_2(heads), 16), 64),
-        "BLOCK_D": max(triton.next_power_of_2(d), 16),
-        "PRECISION": "ieee" if carrier.dtype(query) == "float32" else "tf32",
-    }
+def _for_hopper(carrier: Carrier, query: T) -> bool:
+    """Whether the kernels written for Hopper's matrix units take this; if not, Triton's own do."""
+    if not isinstance(_forward, triton.JITFunction):  # interpreted
+        return False
+    fits = carrier.dtype(query) in ("bfloat16", "float16") and query.shape[-1] in (128, 256, 512)
+    return fits and triton.runtime.driver.active.get_current_target().arch == 90
 
 
 def _sizes(query: T, kv: T, compressed: T | None, selected: T | None) -> tuple[int, ...]:
@@ -77,6 +72,28 @@ def _sizes(query: T, kv: T, compressed: T | None, selected: T | None) -> tuple[i
     s, b, heads, d = query.shape
     groups = 0 if compressed is None else compressed.shape[0]
     return s, b, kv.shape[0], groups, 0 if selected is None else selected.shape[2], heads, d
+
+
+def _shape(carrier: Carrier, query: T, compressed: T | None, selected: T | None, window: int) -> dict:
+    """The constants that both kernels are compiled for."""
+    return {
+        "WINDOW": window,
+        "FAR": (NONE if compressed is None else ALL if selected is None else LIST).value,
+        "BLOCK_K": triton.next_power_of_2(1 if selected is None else selected.shape[2]),
+        "num_warps": 8,
+    }
+
+
+def _tiles(carrier: Carrier, query: T) -> dict:
+    """Those of Triton's own kernels: small tiles for float32, whose products do not run on the matrix units."""
+    heads, d = query.shape[2:]
+    wide = carrier.dtype(query) == "float32"
+    return {
+        "BLOCK_H": min(max(triton.next_power_of_2(heads), 16), 16 if wide else 64),
+        "BLOCK_D": max(triton.next_power_of_2(d), 16),
+        "BLOCK_N": 16 if wide else 32,
+        "PRECISION": "ieee" if wide else "tf32",
+    }
 
 
 def forward(
@@ -87,13 +104,19 @@ def forward(
     no entry twice) or None for every complete entry, sink [H] -> out [s, b, H, D] in the dtype of query, and of every
     row of scores with its sink, log2 of the sum of their exponentials, [s, b, H] float32."""
     s, b, heads, _ = query.shape
-    shape = _shape(carrier, query, kv, compressed, selected, window)
     out, lse = carrier.empty(query.shape, carrier.dtype(query), query), carrier.empty([s, b, heads], "float32", query)
-    options = {"BLOCK_N": 64 if shape["PRECISION"] == "tf32" else 32, "num_warps": 8, "num_stages": 2} | options
-    grid = s, b, triton.cdiv(heads, shape["BLOCK_H"])
+    kernel, meta = _forward, _shape(carrier, query, compressed, selected, window)
+    if _for_hopper(carrier, query):
+        from paddledsv4.kernels.sparse_attention_hopper import forward as kernel
+
+        meta |= {"BLOCK_H": 64, "BLOCK_N": 64}
+    else:
+        meta |= _tiles(carrier, query)
+    meta |= options
     carrier.launch(
-        _forward, grid, query, kv, kv if compressed is None else compressed, kv if selected is None else selected,
-        sink, out, lse, *_sizes(query, kv, compressed, selected), ratio, offset, scale, **shape, **options,
+        kernel, (s, b, triton.cdiv(heads, meta["BLOCK_H"])), query, kv, kv if compressed is None else compressed,
+        kv if selected is None else selected, sink, out, lse, *_sizes(query, kv, compressed, selected), ratio, offset,
+        scale, **meta,
     )
     return out, lse
 
@@ -124,8 +147,9 @@ def _backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, par
     mine = parts + (tl.program_id(0).to(tl.int64) * b + batch) * slots * D
     PIECE: tl.constexpr = BLOCK_D // CUT
     for tile in range(tiles):
-        pointers, slot, valid = key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D,
-                                         WINDOW, FAR, BLOCK_N)
+        pointers, valid = key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D,
+                                   WINDOW, FAR, BLOCK_N)
+        slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         keys = tl.load(pointers[:, None] + d[None, :], d[None, :] < D, 0.0)
         score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
         weight = tl.where(valid[None, :], tl.exp2(score - norm[:, None]), 0.0)
@@ -162,21 +186,26 @@ def backward(
     the queries. This goes by chunks of queries, whose parts stay under PART_NUMBERS.
     """
     s, b, heads, d = query.shape
-    shape, sizes = _shape(carrier, query, kv, compressed, selected, window), _sizes(query, kv, compressed, selected)
-    options = {"BLOCK_N": 64 if shape["PRECISION"] == "tf32" else 32, "CUT": 2 if d > 256 else 1, "num_warps": 8,
-               "num_stages": 1} | options
+    kernel, meta = _backward, _shape(carrier, query, compressed, selected, window)
+    if _for_hopper(carrier, query):
+        from paddledsv4.kernels.sparse_attention_hopper import backward as kernel
+
+        meta |= {"BLOCK_H": 64, "BLOCK_N": 64, "PIECE": 128}
+    else:
+        meta |= _tiles(carrier, query) | {"CUT": 2 if d > 256 else 1, "num_stages": 1}
+    meta |= options
     dq, dsinks = carrier.empty(query.shape, carrier.dtype(query), query), carrier.empty([s, b, heads], "float32", sink)
-    keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset)
+    keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset, meta["BLOCK_N"])
     chunk = min(max(PART_NUMBERS // (b * keys.slots * d), 1), s)
     parts = carrier.empty([chunk, b, keys.slots, d], carrier.dtype(query), query)
     for first in range(0, s, chunk):
         rows = min(chunk, s - first)
         keys.index(first, rows)
-        for first_head in range(0, heads, shape["BLOCK_H"]):
+        for first_head in range(0, heads, meta["BLOCK_H"]):
             carrier.launch(
-                _backward, (rows, b), query, kv, kv if compressed is None else compressed,
+                kernel, (rows, b), query, kv, kv if compressed is None else compressed,
                 kv if selected is None else selected, sink, out, lse, dout, dq, dsinks, parts, first, first_head,
-                *sizes, ratio, offset, scale, keys.slots, **shape, **options,
+                *_sizes(query, kv, compressed, selected), ratio, offset, scale, keys.slots, **meta,
             )
             keys.add(parts, first, rows)
     return dq, *keys.results(), column_sums(carrier, dsinks, s * b, sink.shape, carrier.dtype(sink))
