@@ -12,11 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
+GATHER_REGISTERS = gl.constexpr(64)
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
@@ -68,60 +70,51 @@ def _weigh(score, exists, top, scale):
 
 
 @gluon.jit
-def forward(q, kv, compressed, selected, sink, out, lse, s, b, n, g, K, H, D: gl.constexpr, ratio, offset,
-            scale, WINDOW: gl.constexpr, FAR: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_H: gl.constexpr,
-            BLOCK_N: gl.constexpr):
-    """A program: one query, BLOCK_H heads. Eight warps."""
+def _gather(q, kv, compressed, selected, queries, keys, arrived, full, empty, tiles, row, batch, first_head, far, s, b, n,
+            K, H, D: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr):
+    """Four warps: the query, then tile after tile into the two buffers, as soon as one is free."""
+    BLOCK_H: gl.constexpr = queries.shape[0]
+    BLOCK_N: gl.constexpr = keys.shape[1]
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    by_row: gl.constexpr = gl.SliceLayout(1, copies)
+    d = gl.arange(0, D, gl.SliceLayout(0, copies))
+    head = first_head + gl.arange(0, BLOCK_H, by_row)
+    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
+    async_copy.async_copy_global_to_shared(queries, q + numbers, mask=(head[:, None] < H) & (d[None, :] < D))
+    async_copy.mbarrier_arrive(arrived, increment_count=False)
+    pointers = _key_rows(kv, compressed, selected, 0, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N, by_row)
+    for tile in range(tiles):
+        ahead = _key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
+                          by_row)
+        mbarrier.wait(empty.index(tile % 2), (tile // 2 + 1) % 2)
+        async_copy.async_copy_global_to_shared(keys.index(tile % 2), pointers[:, None] + d[None, :])
+        async_copy.mbarrier_arrive(full.index(tile % 2), increment_count=False)
+        pointers = ahead
+
+
+@gluon.jit
+def _attend(selected, sink, out, lse, queries, keys, weights, arrived, full, empty, tiles, row, batch, first_head, far, s,
+            b, n, K, H, scale, D: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr):
+    """Eight warps: the scores of a tile while the values of the one before are summed."""
+    BLOCK_H: gl.constexpr = queries.shape[0]
+    BLOCK_N: gl.constexpr = keys.shape[1]
+    dtype: gl.constexpr = queries.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_N // 2, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
-    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    by_row: gl.constexpr = gl.SliceLayout(1, copies)
     by_key: gl.constexpr = gl.SliceLayout(0, scores)
     by_head: gl.constexpr = gl.SliceLayout(1, scores)
-    dtype: gl.constexpr = q.dtype.element_ty
-
-    row, batch = gl.program_id(0), gl.program_id(1)
-    first_head = gl.program_id(2) * BLOCK_H
     token = row.to(gl.int64) * b + batch
-    d = gl.arange(0, D, gl.SliceLayout(0, copies))
-
-    queries = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
-    keys = gl.allocate_shared_memory(dtype, [2, BLOCK_N, D], shared)
-    weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
-
-    far = gl.to_tensor(0)
-    if FAR == 1:
-        far = gl.minimum(g, (offset + row + 1) // ratio)
-    if FAR == 2:
-        slot = gl.arange(0, BLOCK_K, gl.BlockedLayout([1], [32], [8], [0]))
-        index = gl.load(selected + (batch * s + row).to(gl.int64) * K + slot, slot < K, -1)
-        far = gl.max(gl.where(index >= 0, slot + 1, 0), 0)
-    tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
-
-    head = first_head + gl.arange(0, BLOCK_H, by_row)
-    async_copy.async_copy_global_to_shared(queries, q + (token * H + head[:, None]) * D + d[None, :],
-                                           mask=(head[:, None] < H) & (d[None, :] < D))
-    pointers = _key_rows(kv, compressed, selected, 0, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N, by_row)
-    async_copy.async_copy_global_to_shared(keys.index(0), pointers[:, None] + d[None, :])
-    async_copy.commit_group()
-    pointers = _key_rows(kv, compressed, selected, 1, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N, by_row)
-    exists = _key_exists(selected, 0, row, far, n, batch, s, K, WINDOW, FAR, BLOCK_N, by_key)
-
     mine = first_head + gl.arange(0, BLOCK_H, by_head)
-    top = gl.load(sink + mine, mine < H, 0.0).to(gl.float32) * LOG2E
-    start = top
+    start = gl.load(sink + mine, mine < H, 0.0).to(gl.float32) * LOG2E
+    top = start
     total = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, scores)
     value = gl.zeros([BLOCK_H, D], gl.float32, values)
     none = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, scores)
-
-    if tiles > 1:
-        async_copy.async_copy_global_to_shared(keys.index(1), pointers[:, None] + d[None, :])
-    async_copy.commit_group()
-    pointers = _key_rows(kv, compressed, selected, 2, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N, by_row)
-    async_copy.wait_group(1)
+    exists = _key_exists(selected, 0, row, far, n, batch, s, K, WINDOW, FAR, BLOCK_N, by_key)
+    mbarrier.wait(arrived, 0)
+    mbarrier.wait(full.index(0), 0)
     fence_async_shared()
-    gl.thread_barrier()
     score = warpgroup_mma(queries, keys.index(0).permute((1, 0)), none, use_acc=False)
     for tile in range(tiles - 1):
         weight, shrink, top = _weigh(score, exists, top, scale)
@@ -129,18 +122,15 @@ def forward(q, kv, compressed, selected, sink, out, lse, s, b, n, g, K, H, D: gl
         weights.store(weight.to(dtype))
         value = value * gl.convert_layout(shrink, gl.SliceLayout(1, values))[:, None]
         exists = _key_exists(selected, tile + 1, row, far, n, batch, s, K, WINDOW, FAR, BLOCK_N, by_key)
-        async_copy.wait_group(0)
         fence_async_shared()
         gl.thread_barrier()
         value = warpgroup_mma(weights, keys.index(tile % 2), value, is_async=True)
+        mbarrier.wait(full.index((tile + 1) % 2), (tile + 1) // 2 % 2)
+        fence_async_shared()
         score = warpgroup_mma(queries, keys.index((tile + 1) % 2).permute((1, 0)), none, use_acc=False, is_async=True)
         value = warpgroup_mma_wait(1, deps=(value,))
-        gl.thread_barrier()  # both warpgroups are done with the tile's keys
-        if tile + 2 < tiles:
-            async_copy.async_copy_global_to_shared(keys.index(tile % 2), pointers[:, None] + d[None, :])
-        async_copy.commit_group()
-        pointers = _key_rows(kv, compressed, selected, tile + 3, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
-                             by_row)
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(tile % 2))
         score = warpgroup_mma_wait(0, deps=(score,))
     weight, shrink, top = _weigh(score, exists, top, scale)
     total = total * shrink[:, None] + weight
@@ -149,15 +139,59 @@ def forward(q, kv, compressed, selected, sink, out, lse, s, b, n, g, K, H, D: gl
     fence_async_shared()
     gl.thread_barrier()
     value = warpgroup_mma(weights, keys.index((tiles - 1) % 2), value)
-    finite = gl.where(top == float("-inf"), 0.0, top)
-    norm = gl.sum(total, 1) + gl.exp2(start - finite)
+
+    norm = gl.sum(total, 1) + gl.exp2(start - gl.where(top == float("-inf"), 0.0, top))
     gl.store(lse + token * H + mine, top + gl.log2(norm), mine < H)
     inverse = gl.convert_layout(1.0 / norm, gl.SliceLayout(1, values))
-    value = (value * inverse[:, None]).to(dtype)
-    queries.store(value)
+    queries.store((value * inverse[:, None]).to(dtype))
     gl.thread_barrier()
-    value = queries.load(copies)
-    gl.store(out + (token * H + head[:, None]) * D + d[None, :], value, (head[:, None] < H) & (d[None, :] < D))
+    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
+    d = gl.arange(0, D, gl.SliceLayout(0, copies))
+    gl.store(out + (token * H + head[:, None]) * D + d[None, :], queries.load(copies),
+             (head[:, None] < H) & (d[None, :] < D))
+
+
+@gluon.jit
+def _far_slots(selected, row, batch, s, K, g, ratio, offset, FAR: gl.constexpr, BLOCK_K: gl.constexpr):
+    """As ``attention_keys.far_slots``."""
+    far = gl.to_tensor(0)
+    if FAR == 1:
+        far = gl.minimum(g, (offset + row + 1) // ratio)
+    if FAR == 2:
+        slot = gl.arange(0, BLOCK_K, gl.BlockedLayout([1], [32], [8], [0]))
+        index = gl.load(selected + (batch * s + row).to(gl.int64) * K + slot, slot < K, -1)
+        far = gl.max(gl.where(index >= 0, slot + 1, 0), 0)
+    return far
+
+
+@gluon.jit
+def forward(q, kv, compressed, selected, sink, out, lse, s, b, n, g, K, H, D: gl.constexpr, ratio, offset,
+            scale, WINDOW: gl.constexpr, FAR: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_H: gl.constexpr,
+            BLOCK_N: gl.constexpr):
+    """A program: one query, BLOCK_H heads. Eight warps compute, four gather."""
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    dtype: gl.constexpr = q.dtype.element_ty
+    row, batch = gl.program_id(0), gl.program_id(1)
+    first_head = gl.program_id(2) * BLOCK_H
+    far = _far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
+    tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
+    queries = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
+    keys = gl.allocate_shared_memory(dtype, [2, BLOCK_N, D], shared)
+    weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
+    arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(arrived, 128)
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), 128)
+        mbarrier.init(empty.index(i), 1)
+    gl.thread_barrier()
+    gl.warp_specialize([
+        (_attend, (selected, sink, out, lse, queries, keys, weights, arrived, full, empty, tiles, row, batch, first_head,
+                   far, s, b, n, K, H, scale, D, WINDOW, FAR)),
+        (_gather, (q, kv, compressed, selected, queries, keys, arrived, full, empty, tiles, row, batch, first_head, far,
+                   s, b, n, K, H, D, WINDOW, FAR)),
+    ], [4], [GATHER_REGISTERS])
 
 
 @gluon.jit
@@ -193,13 +227,7 @@ def backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, part
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
     dscores = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
 
-    far = gl.to_tensor(0)
-    if FAR == 1:
-        far = gl.minimum(g, (offset + row + 1) // ratio)
-    if FAR == 2:
-        slot = gl.arange(0, BLOCK_K, gl.BlockedLayout([1], [32], [8], [0]))
-        index = gl.load(selected + (batch * s + row).to(gl.int64) * K + slot, slot < K, -1)
-        far = gl.max(gl.where(index >= 0, slot + 1, 0), 0)
+    far = _far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
     tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
 
     async_copy.async_copy_global_to_shared(douts, dout + numbers + d[None, :], mask=here)
