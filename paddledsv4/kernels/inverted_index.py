@@ -70,6 +70,9 @@ def _add(parts, total, lists, counts, first, rows, slots, before, b, g, D, ratio
         tl.store(to, tl.load(to, d < D) + tl.sum(value, 0), d < D)
 
 
+ADD = {"STEP": 16, "BLOCK": 256, "num_warps": 4}
+
+
 class KeyGradients:
     """The gradients of kv [n, b, D] and of the compressed entries [g, b, D], in float32 until they are complete.
 
@@ -109,11 +112,11 @@ class KeyGradients:
             self._add(parts, self.dcompressed, self.groups, first, rows, (ALL if self.selected is None else LIST).value)
 
     def _add(self, parts: T, total: T, keys: int, first: int, rows: int, which: int) -> None:
-        block = min(triton.next_power_of_2(self.d), 256)
+        block = min(triton.next_power_of_2(self.d), ADD["BLOCK"])
         self.carrier.launch(
             _add, (keys, self.b, triton.cdiv(self.d, block)), parts, total, self.lists, self.counts, first, rows,
             self.slots, self.kv.shape[0] - self.s, self.b, self.groups, self.d, self.ratio, self.offset,
-            WHICH=which, WINDOW=self.window, NEAR_SLOTS=self.near, STEP=16, BLOCK=block, num_warps=4,
+            WHICH=which, WINDOW=self.window, NEAR_SLOTS=self.near, **ADD | {"BLOCK": block},
         )
 
     def results(self) -> tuple[T, T | None]:

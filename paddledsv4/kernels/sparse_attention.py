@@ -59,6 +59,9 @@ def limits(carrier: Carrier, query: T) -> str:
     return ""
 
 
+HOPPER = {"BLOCK_H": 64, "BLOCK_N": 64, "num_warps": 4}  # and as many for each other part of a program
+
+
 def _for_hopper(carrier: Carrier, query: T) -> bool:
     """Whether the kernels written for Hopper's matrix units take this; if not, Triton's own do."""
     if not isinstance(_forward, triton.JITFunction):  # interpreted
@@ -107,9 +110,9 @@ def forward(
     out, lse = carrier.empty(query.shape, carrier.dtype(query), query), carrier.empty([s, b, heads], "float32", query)
     kernel, meta = _forward, _shape(carrier, query, compressed, selected, window)
     if _for_hopper(carrier, query):
-        from paddledsv4.kernels.sparse_attention_hopper import forward as kernel
+        from paddledsv4.kernels.hopper_forward import forward as kernel
 
-        meta |= {"BLOCK_H": 64, "BLOCK_N": 64}
+        meta |= HOPPER
     else:
         meta |= _tiles(carrier, query)
     meta |= options
@@ -172,7 +175,7 @@ def _backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, par
     tl.store(dq + numbers, dquery.to(dq.dtype.element_ty), here)
 
 
-PART_NUMBERS = 1 << 28  # at most about this many numbers are held as parts of the keys' gradients
+PART_NUMBERS = 1 << 29  # at most about this many numbers are held as parts of the keys' gradients
 
 
 def backward(
@@ -188,9 +191,9 @@ def backward(
     s, b, heads, d = query.shape
     kernel, meta = _backward, _shape(carrier, query, compressed, selected, window)
     if _for_hopper(carrier, query):
-        from paddledsv4.kernels.sparse_attention_hopper import backward as kernel
+        from paddledsv4.kernels.hopper_backward import backward as kernel
 
-        meta |= {"BLOCK_H": 64, "BLOCK_N": 64, "PIECE": 128}
+        meta |= HOPPER | {"PIECE": 64}
     else:
         meta |= _tiles(carrier, query) | {"CUT": 2 if d > 256 else 1, "num_stages": 1}
     meta |= options
