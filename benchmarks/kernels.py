@@ -119,8 +119,8 @@ def line(found: Result) -> str:
         for name, t in (times | found.peers).items()
     )
     mark = "ok" if found.right else "WRONG"
-    return (f"{found.name:48} {found.ms:9.3f} ms {rate:7.0f} {unit:7} {found.share:6.1%}  error {found.error:.1e} {mark}"
-            f"  {rivals}  {found.goal}")
+    head = f"{found.name:48} {found.ms:9.3f} ms {rate:7.0f} {unit:7} {found.share:6.1%}  error {found.error:.1e}"
+    return f"{head} {mark}  {rivals}  {found.goal}"
 
 
 def main(

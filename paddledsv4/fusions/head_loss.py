@@ -29,6 +29,7 @@ def head_loss(build: Build, ops: SimpleNamespace, head: ColumnParallelLinear, fu
             "each; set it to false"
         )
     if fused:
-        return build.follow(linear_cross_entropy, "cross_entropy")
+        ops.linear_cross_entropy = build.follow(linear_cross_entropy)
+        return lambda hidden, weight, labels: ops.linear_cross_entropy(hidden, weight, labels)
     enter = build.tensor.enter
     return lambda hidden, weight, labels: ops.cross_entropy(head(enter(hidden), weight), labels)

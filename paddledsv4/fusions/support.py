@@ -10,8 +10,8 @@ from paddle import Tensor
 from paddledsv4.errors import UserError
 from paddledsv4.ops.precision import dtype_name
 
+DTYPES = ("float32", "bfloat16")
 CAPABILITY = (9, 0)
-DTYPES = ("bfloat16", "float32")
 
 
 def refusal() -> str:
@@ -22,6 +22,22 @@ def refusal() -> str:
         return "no GPU (TRITON_INTERPRET=1 interprets kernels on a CPU, for tests)"
     found = paddle.device.cuda.get_device_capability()
     return "" if found >= CAPABILITY else f"compute capability {found[0]}.{found[1]}, kernels are for 9.0 and newer"
+
+
+def check_rows(what: str, *tensors: Tensor) -> None:
+    """Whether a kernel can load tiles of these tensors through descriptors.
+
+    Raises:
+        UserError: dtypes that differ or are neither float32 nor bfloat16, or rows that have no multiple of 16 bytes.
+    """
+    dtypes = {dtype_name(x) for x in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise UserError(f"{what} takes float32 or bfloat16 tensors of one dtype, not {', '.join(sorted(dtypes))}; "
+                        "choose another variant")  # fmt: skip
+    for x in tensors:
+        if x.shape[-1] * x.element_size() % 16:
+            raise UserError(f"{what} takes rows of a multiple of 16 bytes, not {x.shape[-1]} numbers of "
+                            f"{dtype_name(x)}; choose another variant or another size")  # fmt: skip
 
 
 def flat(x: Tensor, *inner: int) -> Tensor:

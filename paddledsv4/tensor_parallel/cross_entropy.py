@@ -14,14 +14,14 @@ from paddle import Tensor
 from paddledsv4.distributed.group import Group
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.megatron import megatron_order
-from paddledsv4.numerics.registry import Op
+from paddledsv4.numerics.registry import follower
 from paddledsv4.ops.precision import widen
 from paddledsv4.ops.reduce import row_sum
 from paddledsv4.tensor_parallel.layers import own_ids
 from paddledsv4.transformer.build import Build
 
-vocab_parallel = Op("cross_entropy", "negative log-likelihood of the labels, by parts of the vocabulary", spec="11",
-                    outputs=("loss",), wide=("loss",))
+vocab_parallel = follower("vocab_parallel_cross_entropy", "cross entropy, by parts of the vocabulary", spec="11",
+                          follows="cross_entropy", outputs=("loss",), wide=("loss",))
 
 
 def cross_entropy(build: Build) -> Callable[[Tensor, Tensor], Tensor]:
@@ -29,7 +29,7 @@ def cross_entropy(build: Build) -> Callable[[Tensor, Tensor], Tensor]:
     group = build.groups.tensor
     if group.size == 1:
         return build.ops.cross_entropy
-    return functools.partial(build.follow(vocab_parallel, "cross_entropy"), group=group)
+    return functools.partial(build.follow(vocab_parallel), group=group)
 
 
 @vocab_parallel.variant("paddle", "softmax kept for a hand-written backward")
