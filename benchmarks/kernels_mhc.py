@@ -179,7 +179,6 @@ def connections(tokens: int) -> Iterator[Case]:
         f"hc_project {gates} of {n} x {HIDDEN}, {tokens}", plain.project, [x, w],
         lambda c: hc_mapping.project(c, x, w, EPS),
         lambda c, dproj, dr: hc_mapping.project_backward(c, dproj, dr, x, w, r, root),
-        {"liger": peers.liger_project(x, w)}, {"liger": peers.liger_project_backward(x, w)},
     )
     alphas, bias = [draw32(1) for _ in range(3)], draw32(gates)
     yield from both_ways(
