@@ -30,9 +30,9 @@ def head_loss(build: Build, ops: SimpleNamespace, head: ColumnParallelLinear, fu
             "each; set it to false"
         )
     if fused:
-        one = build.follow(linear_cross_entropy)
-        if one is fused_linear_cross_entropy:
-            return one
-        return lambda hidden, weight, labels, mask: one(hidden, weight, labels)
+        ops.linear_cross_entropy = build.follow(linear_cross_entropy)
+        if ops.linear_cross_entropy is fused_linear_cross_entropy:
+            return lambda hidden, weight, labels, mask: ops.linear_cross_entropy(hidden, weight, labels, mask)
+        return lambda hidden, weight, labels, mask: ops.linear_cross_entropy(hidden, weight, labels)
     enter = build.tensor.enter
     return lambda hidden, weight, labels, mask: ops.cross_entropy(head(enter(hidden), weight), labels)

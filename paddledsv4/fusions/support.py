@@ -1,4 +1,4 @@
-"""Where the fused kernels run: on a Hopper GPU or newer, or, for tests, in Triton's interpreter."""
+"""Where the fused kernels run, on a Hopper GPU or newer or, for tests, in Triton's interpreter; and on what."""
 
 from __future__ import annotations
 
@@ -38,3 +38,26 @@ def check_rows(what: str, *tensors: Tensor) -> None:
         if x.shape[-1] * x.element_size() % 16:
             raise UserError(f"{what} takes rows of a multiple of 16 bytes, not {x.shape[-1]} numbers of "
                             f"{dtype_name(x)}; choose another variant or another size")  # fmt: skip
+
+
+def flat(x: Tensor, *inner: int) -> Tensor:
+    """x as contiguous [rows, *inner], which kernels index by themselves."""
+    return x.reshape([-1, *inner]).contiguous()
+
+
+def check(op: str, *tensors: Tensor, **limits: tuple[int, bool, str]) -> None:
+    """Raises UserError where the fused variant of ``op`` is not made for these tensors.
+
+    ``limits``: name of a size -> the size, whether it is supported, and what is.
+    """
+    for x in tensors:
+        if dtype_name(x) not in DTYPES:
+            raise UserError(f"{op}: fused kernels take {' and '.join(DTYPES)}, not {dtype_name(x)}; choose {op}=paddle")
+    for name, (size, supported, what) in limits.items():
+        if not supported:
+            raise UserError(f"{op}: the fused kernel needs {name} {what}, not {size}; choose {op}=paddle")
+
+
+def power_of_two(size: int, most: int) -> tuple[int, bool, str]:
+    """A limit for :func:`check`."""
+    return size, size & (size - 1) == 0 and 0 < size <= most, f"to be a power of two up to {most}"

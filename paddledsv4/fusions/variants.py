@@ -2,7 +2,14 @@
 
 import paddledsv4.ops  # noqa: F401  (the ops come first)
 from paddledsv4.fusions import (  # noqa: F401
+    compress,
+    hyper_connection,
+    indexer,
     linear_cross_entropy,
     packed_linear,
+    permute,
     rms_norm,
+    rope,
+    sparse_attention,
+    swiglu,
 )

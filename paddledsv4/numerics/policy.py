@@ -76,12 +76,12 @@ class Policy:
             if name == AUTO and op.name not in overrides and (missing := candidates[0].missing()):
                 passed_over[op.name] = f"{candidates.pop(0).name}: {missing}"
             choices[op.name] = overrides.get(op.name) or candidates[0].name
-            _usable(op, choices[op.name])
+            check_usable(op, choices[op.name])
         if name == AUTO:
             passed_over |= {op.name: reason for op in FOLLOWERS.values() if (reason := _passed_over(op, overrides))}
         kept: dict[tuple[str, str], LayerRule] = {}
         for rule in layers:
-            _usable(_known(rule.op), rule.variant)
+            check_usable(_known(rule.op), rule.variant)
             kept.pop((rule.glob, rule.op), None)
             kept[rule.glob, rule.op] = rule
         return cls(name, choices, tuple(kept.values()), passed_over)
@@ -192,7 +192,7 @@ def _passed_over(op: Op, overrides: Mapping[str, str]) -> str:
     return missing and f"fused: {missing}"
 
 
-def _usable(op: Op, choice: str) -> None:
+def check_usable(op: Op, choice: str) -> None:
     """Raise unless ``op`` has the variant and what it needs is installed."""
     if choice not in op.variants:
         raise UserError(f"numerics: op {op.name} has no variant {choice!r}; it has: {', '.join(op.variants)}")

@@ -1,0 +1,37 @@
+"""Sparse attention as one kernel forward, one backward and an inverted index for the keys' gradients."""
+
+from __future__ import annotations
+
+from paddle import Tensor
+
+from paddledsv4.errors import UserError
+from paddledsv4.fusions.launcher import CARRIER
+from paddledsv4.fusions.support import refusal
+from paddledsv4.numerics.function import differentiable
+from paddledsv4.ops.sparse_attention import sparse_attention
+
+
+@sparse_attention.variant("fused", "Triton, tiles of gathered keys, float32 inside; no atomics", needs="triton",
+                          refuses=refusal)
+@differentiable
+def fused_sparse_attention(
+    query: Tensor, kv: Tensor, compressed: Tensor | None, selected: Tensor | None, sink: Tensor,
+    window: int, ratio: int, scale: float, offset: int = 0,
+):
+    """query [s, b, H, D], kv [n, b, D], compressed [g, b, D] or None, selected [b, s, K] (-1: none, no entry twice) or
+    None for every complete entry, sink [H] -> [s, b, H*D] in the dtype of query. UserError beyond a head dim of 512."""
+    from paddledsv4.kernels import sparse_attention as kernel
+
+    if limit := kernel.limits(CARRIER, query):
+        raise UserError(f"sparse_attention=fused: {limit}; choose sparse_attention=paddle")
+    tensors = [x if x is None else x.contiguous() for x in (query, kv, compressed, selected, sink)]
+    static = {"window": window, "ratio": ratio, "scale": scale, "offset": offset}
+    out, lse = kernel.forward(CARRIER, *tensors, **static)
+
+    def backward(dy):
+        dout = dy.reshape(query.shape).contiguous()
+        dquery, dkv, dcompressed, dsink = kernel.backward(CARRIER, dout, out, lse, *tensors, **static)
+        between = () if compressed is None else (dcompressed,)
+        return dquery, dkv, *between, *(() if selected is None else (None,)), dsink
+
+    return out.reshape([*query.shape[:2], -1]), backward
