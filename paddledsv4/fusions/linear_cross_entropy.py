@@ -125,14 +125,15 @@ def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, m
         UserError: hidden and weight are not both float32 or both bfloat16, or their rows have no multiple of 16 bytes.
     """
     check_rows("the fused linear_cross_entropy", hidden, weight)
-    wanted = paddle.is_grad_enabled() and not (hidden.stop_gradient and weight.stop_gradient)
+    train = not weight.stop_gradient
+    wanted = paddle.is_grad_enabled() and (train or not hidden.stop_gradient)
     if wanted and mask is not None:
-        return _at_once(hidden, weight, labels, mask=mask)
-    return _later(hidden, weight, labels)
+        return _at_once(hidden, weight, labels, mask=mask, train=train)
+    return _later(hidden, weight, labels, train=train)
 
 
 @differentiable
-def _later(hidden: Tensor, weight: Tensor, labels: Tensor):
+def _later(hidden: Tensor, weight: Tensor, labels: Tensor, *, train: bool):
     """The gradients when that of the losses is there."""
     from paddledsv4.kernels import linear_cross_entropy as kernel
 
@@ -141,26 +142,27 @@ def _later(hidden: Tensor, weight: Tensor, labels: Tensor):
     losses, logs = kernel.forward(CARRIER, x, weight, target)
 
     def backward(dloss):
-        dx, dw = kernel.backward(CARRIER, dloss.t().reshape([-1]), x, weight, target, logs)
+        dx, dw = kernel.backward(CARRIER, dloss.t().reshape([-1]), x, weight, target, logs, train)
         return dx.reshape(hidden.shape), dw, None
 
     return losses.reshape([s, b]).t(), backward
 
 
 @differentiable
-def _at_once(hidden: Tensor, weight: Tensor, labels: Tensor, *, mask: Tensor):
+def _at_once(hidden: Tensor, weight: Tensor, labels: Tensor, *, mask: Tensor, train: bool):
     """The gradients of sum(losses mask), to be multiplied with what comes."""
     from paddledsv4.kernels import linear_cross_entropy as kernel
 
     s, b, width = hidden.shape
     mask = mask.astype("float32")
     losses, dx, dw = kernel.losses_and_gradients(
-        CARRIER, hidden.reshape([-1, width]), weight, labels.t().reshape([-1]), mask.t().reshape([-1])
+        CARRIER, hidden.reshape([-1, width]), weight, labels.t().reshape([-1]), mask.t().reshape([-1]), train
     )
 
     def backward(dloss):
         factor = multiple(dloss, mask)
-        return (dx.reshape(hidden.shape) * factor).astype(hidden.dtype), (dw * factor).astype(weight.dtype), None
+        of_weight = (dw * factor).astype(weight.dtype) if train else None
+        return (dx.reshape(hidden.shape) * factor).astype(hidden.dtype), of_weight, None
 
     return losses.reshape([s, b]).t(), backward
 

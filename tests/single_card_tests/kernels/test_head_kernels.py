@@ -80,6 +80,18 @@ def test_a_gradient_that_is_no_multiple_of_the_mask_is_not_taken_for_one():
     assert np.isnan(dx).all() and np.isnan(dw).all()
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_frozen_weight_gets_no_gradient(known):
+    """Nor is it computed; that of the hidden states is the same."""
+    hidden, weight, dloss, labels = inputs(SHAPES[1], "float32")
+    leaf = hidden.detach()
+    leaf.stop_gradient = False
+    losses = fused(leaf, weight, labels, dloss if known else None)
+    paddle.autograd.backward([losses], [dloss])
+    exact = formula(hidden, weight, dloss, labels)[1]
+    assert weight.grad is None and max(errors([leaf.grad.numpy()], [exact])) <= BOUNDS["float32"]
+
+
 def test_without_gradients_none_are_computed(monkeypatch):
     hidden, weight, dloss, labels = inputs(SHAPES[1], "float32")
     monkeypatch.setattr(kernel, "losses_and_gradients", lambda *_: pytest.fail("nobody wants them"))
@@ -111,7 +123,7 @@ def test_runs_are_alike():
 
 
 
-def logs_forgotten(carrier, dloss, x, weight, labels, logs):
+def logs_forgotten(carrier, dloss, x, weight, labels, logs, train):
     return kernel_backward(carrier, dloss, x, weight, labels, logs * 0)
 
 
@@ -120,7 +132,7 @@ def short_vocabulary(carrier, x, weight, labels):
     return kernel_forward(carrier, x, weight[: weight.shape[0] // 2].contiguous(), labels)
 
 
-def ones_for_weights(carrier, dloss, x, weight, labels, logs):
+def ones_for_weights(carrier, dloss, x, weight, labels, logs, train):
     return kernel_backward(carrier, paddle.ones_like(dloss), x, weight, labels, logs)
 
 
