@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, key_exists, key_rows
+from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, key_exists, key_rows, write_half
 
 SUM_REGISTERS, GATHER_REGISTERS = gl.constexpr(184), gl.constexpr(80)
 
@@ -87,22 +87,6 @@ def _hand_over(weights, shrinks, ready, taken, tile, weight, shrink):
 
 
 @gluon.jit
-def _write_half(out, queries, value, row, batch, first_head, b, H, SIDE: gl.constexpr):
-    """Half of the columns of the result, through the memory of the query."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
-    D: gl.constexpr = queries.shape[1]
-    HALF: gl.constexpr = D // 2
-    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    mine = queries.slice(SIDE * HALF, HALF, 1)
-    mine.store(value)
-    gl.thread_barrier()
-    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
-    d = SIDE * HALF + gl.arange(0, HALF, gl.SliceLayout(0, copies))
-    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
-    gl.store(out + numbers, mine.load(copies), (head[:, None] < H) & (d[None, :] < D))
-
-
-@gluon.jit
 def _attend(selected, sink, out, lse, queries, keys, weights, shrinks, arrived, full, empty, ready, taken, tiles, row,
             batch, first_head, far, s, b, n, K, H, scale, D: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr):
     """Four warps: the weights of every tile, and the left columns of the values."""
@@ -148,7 +132,7 @@ def _attend(selected, sink, out, lse, queries, keys, weights, shrinks, arrived, 
     mbarrier.arrive(ready.index(tiles % 2))
     value = warpgroup_mma_wait(0, deps=(value,))
     value = value * gl.convert_layout(1.0 / total, wide)[:, None]
-    _write_half(out, queries, value.to(dtype), row, batch, first_head, b, H, 0)
+    write_half(out, queries, value, row, batch, first_head, b, H, 0)
 
 
 @gluon.jit
@@ -170,7 +154,7 @@ def _sum_right(out, queries, keys, weights, shrinks, full, empty, ready, taken, 
         mbarrier.arrive(empty.index(tile % 2 * 2 + 1))
     mbarrier.wait(ready.index(tiles % 2), tiles // 2 % 2)
     value = value * shrinks.index(tiles % 2).load(wide)[:, None]
-    _write_half(out, queries, value.to(queries.dtype), row, batch, first_head, b, H, 1)
+    write_half(out, queries, value, row, batch, first_head, b, H, 1)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""``attention_keys`` in Gluon, and the barriers of its kernels."""
+"""What both of Hopper's kernels need: ``attention_keys`` in Gluon, barriers, and how a result leaves."""
 
 from __future__ import annotations
 
@@ -67,3 +67,20 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), ARRIVALS)
     return barriers
+
+
+@gluon.jit
+def write_half(out, queries, value, row, batch, first_head, b, H, SIDE: gl.constexpr):
+    """Half of the columns of a result [s, b, H, D], through the same half of the query's memory. Four warps."""
+    BLOCK_H: gl.constexpr = queries.shape[0]
+    D: gl.constexpr = queries.shape[1]
+    HALF: gl.constexpr = D // 2
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    mine = queries.slice(SIDE * HALF, HALF, 1)
+    gl.thread_barrier()
+    mine.store(value.to(queries.dtype))
+    gl.thread_barrier()
+    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
+    d = SIDE * HALF + gl.arange(0, HALF, gl.SliceLayout(0, copies))
+    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
+    gl.store(out + numbers, mine.load(copies), (head[:, None] < H) & (d[None, :] < D))
