@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -67,6 +68,19 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), ARRIVALS)
     return barriers
+
+
+@gluon.jit
+def fetch(x, buffer, arrived, row, batch, first_head, b, H):
+    """Start to copy the heads of a query, of x [s, b, H, D], into ``buffer``. Four warps."""
+    BLOCK_H: gl.constexpr = buffer.shape[0]
+    D: gl.constexpr = buffer.shape[1]
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    d = gl.arange(0, D, gl.SliceLayout(0, copies))
+    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
+    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
+    async_copy.async_copy_global_to_shared(buffer, x + numbers, mask=(head[:, None] < H) & (d[None, :] < D))
+    async_copy.mbarrier_arrive(arrived, increment_count=False)
 
 
 @gluon.jit
