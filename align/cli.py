@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from align.commands import bisect, capture, doctor, locate, merge, report, ulps
+from align.commands import bisect, capture, doctor, locate, merge, report, repro, ulps
 from align.commands.people import for_people
 from align.compare import Comparison, compare_logs
 from align.issues import Issues
@@ -29,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+TENSORS = ".safetensors"
 
 
 class Precision(str, Enum):
@@ -129,10 +132,18 @@ def compare(
 ) -> None:
     """Compare two logs loss by loss: JSON lines or the text that trainers print.
 
+    Or two files of tensors (.safetensors), such as traces of attention, name by name.
+
     Exit code 0: every loss of the reference is bit-identical in the candidate, and neither log has a missing,
     duplicate or truncated line. 1: not so. 2: bad input.
     """
     with for_people():
+        if ref.endswith(TENSORS) or cand.endswith(TENSORS):
+            from align.tensor_files import compare_tensor_files
+
+            comparison = compare_tensor_files(Path(ref), Path(cand))
+            print(comparison.render())
+            raise typer.Exit(comparison.exit_code)
         return_freed_memory()
         reference, candidate = _log_path(ref), _log_path(cand)
         (one, found), (other, more) = read_pair(
@@ -147,7 +158,7 @@ def compare(
 
 for module, command in (
     (bisect, bisect.bisect), (capture, capture.capture), (doctor, doctor.doctor), (locate, locate.locate),
-    (merge, merge.merge), (report, report.report), (ulps, ulps.ulps),
+    (merge, merge.merge), (report, report.report), (repro, repro.repro), (ulps, ulps.ulps),
 ):
     app.command(epilog=module.EXAMPLES)(command)
 

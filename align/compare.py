@@ -251,7 +251,9 @@ def _asides(reference: LossLog, candidate: LossLog, steps: int | None) -> list[s
         asides.append(f"gradient norms: {equal} of {len(norms)} equal")
     weights = reference.final_weights_md5, candidate.final_weights_md5
     if all(weights) and reference.main.steps() == candidate.main.steps():
-        asides.append(f"final weights: {'equal' if weights[0] == weights[1] else 'different'} MD5s")
+        finite = all(np.isfinite(series.values).all() for series in (norms, others))
+        told = "equal MD5s" if weights[0] == weights[1] else "different MD5s"
+        asides.append(f"final weights: {told if finite else 'not compared, a gradient norm is not finite'}")
     return asides
 
 

@@ -70,10 +70,6 @@ class Tracer:
             undo()
         self._undo.clear()
 
-    def new_pass(self) -> None:
-        """Forget the call counts: the next pass records under the plain names again, over the old values."""
-        self._calls.clear()
-
     def _tap_layer(self, layer: nn.Layer, tap: Tap) -> None:
         side, position = tap.pick
 

@@ -16,12 +16,13 @@ from paddle import Tensor
 from rich.table import Table
 
 from align.bundle import Bundle
-from align.calls import Call, CallRecorder, replay
+from align.calls import CallRecorder
 from align.ulp import ulp_distance
 from paddledsv4.host import BITWISE_ENVIRONMENT
 from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.numerics.ulps import FILE, short
+from paddledsv4.observe.replay import Call, replay
 from paddledsv4.training.data import batches
 from paddledsv4.training.step import train_step
 from paddledsv4.training.trainer import Trainer
@@ -31,8 +32,9 @@ from paddledsv4.training.trainer import Trainer
 class Distance:
     """Elements compared, how many are equal, and how many units in the last place the others are apart.
 
-    ``scaled`` is the largest difference in units of the last place of its tensor's largest element: where sums
-    cancel, a result near zero is many of its own units away and means little.
+    ``largest`` is the largest difference, and ``scaled`` that in units of the last place of its tensor's largest
+    element: where sums cancel, a result near zero is many of its own units away and means little. A NaN equals
+    nothing, not even a NaN, and is infinitely far.
     """
 
     elements: int = 0
@@ -40,6 +42,7 @@ class Distance:
     max: float = 0.0
     total: float = 0.0
     scaled: float = 0.0
+    largest: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -53,14 +56,11 @@ class Distance:
         return {"elements": self.elements, **{name: float(f"{value:.4g}") for name, value in figures.items()}}
 
     def add(self, ours: Any, theirs: Any) -> None:
-        """Compare two results of one call: tensors, numbers, or None for no gradient.
-
-        A NaN on either side is infinitely far; None compares as zeros.
-        """
+        """Compare two results of one call: tensors, numbers, or None for no gradient, which compares as zeros."""
         if ours is None and theirs is None:
             return
         left, right = _numbers(ours, theirs), _numbers(theirs, ours)
-        same = (left == right) | (np.isnan(left) & np.isnan(right))
+        same = left == right
         self.elements += left.size
         self.equal += int(same.sum())
         if left.dtype.kind != "f" or same.all():
@@ -71,8 +71,12 @@ class Distance:
         self.max = max(self.max, float(steps.max()))
         self.total += float(steps.sum())
         finite = np.isfinite(left) & np.isfinite(right)
+        if not finite[~same].all():
+            self.scaled = self.largest = np.inf
+            return
         last_place = np.spacing(np.abs(right[finite]).max(initial=0.0)) * unit
         largest = np.abs(left[finite].astype(np.float64) - right[finite]).max(initial=0.0)
+        self.largest = max(self.largest, float(largest))
         self.scaled = max(self.scaled, float(largest / last_place))
 
 

@@ -89,7 +89,8 @@ def timed(call, function) -> tuple[float, float]:
     """Seconds of one recorded call, forward and backward, without the copying of its arguments."""
     import paddle
 
-    from align.calls import as_tuple, backward, copied, copied_values
+    from paddledsv4.observe.ops import as_tuple
+    from paddledsv4.observe.replay import backward, copied, copied_values
 
     args, kwargs = copied(call.args), copied_values(call.kwargs)
     with paddle.set_grad_enabled(call.in_graph):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class TorchCarrier:
@@ -22,6 +23,9 @@ class TorchCarrier:
 
     def dtype(self, x: torch.Tensor) -> str:
         return str(x.dtype).removeprefix("torch.")
+
+    def tiles(self, x: torch.Tensor, shape: Sequence[int]) -> TensorDescriptor:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), list(shape))
 
     def launch(self, kernel, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         kernel[grid](*args, **meta)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,15 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from paddledsv4.commands import convert, sft
-from paddledsv4.commands.options import Force, Numerics, Out, Resume, Save, SaveInterval, Steps
-from paddledsv4.commands.running import choose_checkpoints, choose_policy, prepare_paddle, train_and_log
+from paddledsv4.commands import convert, options, plot, profile, sft
+from paddledsv4.commands import resume as resuming
+from paddledsv4.commands.observing import observed
+from paddledsv4.commands.output import name_rank
+from paddledsv4.commands.pretraining import pretrain
+from paddledsv4.commands.running import choose_checkpoints, choose_policy, choose_training, prepare_paddle
 from paddledsv4.config import ModelConfig, Recipe
+from paddledsv4.distributed.launch import Launch
 from paddledsv4.errors import UserError
 from paddledsv4.info import ACTIVATION_FORMULA, BFLOAT16, FLOAT32, ModelInfo, model_info
 from paddledsv4.numerics.options import LayerOps, Ops
 from paddledsv4.numerics.rules import Overrides
-from paddledsv4.numerics.settings import with_environment
 
 # Paddle is imported inside the commands that compute: `info` and every --help answer without it.
 
@@ -39,7 +41,7 @@ TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
   paddledsv4 train --config configs/tiny.yaml --steps 20 --out runs/short --numerics plain
 
-  paddledsv4 train --config configs/tiny.yaml --save runs/tiny/checkpoints --save-interval 10 --resume auto"""
+  paddledsv4 train --config configs/tiny.yaml --save-interval 10 --save-retain-interval 50"""
 
 NUMERICS_EXAMPLES = """[bold]Examples[/bold]
 
@@ -61,66 +63,59 @@ INFO_EXAMPLES = """[bold]Examples[/bold]
 @app.command(epilog=TRAIN_EXAMPLES)
 def train(
     config: Annotated[Path, typer.Option(help="A yaml recipe with model, training and data sections.")],
-    steps: Steps = None,
-    out: Out = None,
-    numerics: Numerics = None,
+    steps: options.Steps = None,
+    out: options.Out = None,
+    numerics: options.Numerics = None,
     op: Ops = None,
     layer_op: LayerOps = None,
-    save: Save = None,
-    save_interval: SaveInterval = None,
+    save: options.Save = None,
+    save_interval: options.SaveInterval = None,
     save_retain_interval: Annotated[
         int | None, typer.Option(min=1, help="Delete older checkpoints unless their step is a multiple of this.")
     ] = None,
     warmup_save: Annotated[bool | None, typer.Option(help="Also save after the first step.")] = None,
     async_save: Annotated[bool | None, typer.Option(help="Write while training goes on.")] = None,
-    resume: Resume = None,
-    force: Force = False,
+    resume: options.Resume = None,
+    force: options.Force = False,
+    check_finite: options.CheckFinite = None,
+    trace_attention: options.TraceAttention = None,
+    trace_steps: options.TraceSteps = None,
+    metrics: options.Metrics = None,
+    metrics_every: options.MetricsEvery = None,
+    profile_steps: options.ProfileSteps = None,
+    profile_ranks: options.ProfileRanks = None,
 ) -> None:
-    """Train a model and leave a log (train.jsonl) and its loss curves (loss.png), on Ctrl-C as well.
+    """Train a model and leave a folder with its log (train.jsonl) and loss curves (loss.png), and all it was made of.
+
+    SIGTERM and Ctrl-C finish the step and save; [bold]paddledsv4 resume[/] goes on. A second one stops at once.
 
     A recipe whose parallel section has N ranks is started behind
     [bold]python -m paddle.distributed.launch --nproc_per_node N python -m paddledsv4[/]. One with a lora section also
     leaves its adapters, in the folder adapter beside the log.
     """
-    from paddledsv4.training.data import load_tokens
-
     recipe, given = Recipe.from_file(config), Overrides.from_texts(op, layer_op)
     try:
-        training, data = recipe.require("training"), recipe.require("data")
+        training, _ = recipe.require("training"), recipe.require("data")
     except UserError as error:
         raise UserError(f"{config}: {error}") from None
-    training = with_environment(training)
-    training = training.replace(steps=steps) if steps else training
+    training = choose_training(training, steps)
     saving = choose_checkpoints(
-        recipe, resume, dir=save, save_interval=save_interval, save_retain_interval=save_retain_interval,
+        recipe, dir=save, save_interval=save_interval, save_retain_interval=save_retain_interval,
         warmup_save=warmup_save, asynchronous=async_save,
     )
-    tokens = load_tokens(data.tokens, training.sequence_length, recipe.model.vocab_size)
-
-    prepare_paddle()
-    from paddledsv4.distributed.connect import connect
-    from paddledsv4.sft.adapter import save_adapter
-    from paddledsv4.training.checkpoint.run import checkpointing
-    from paddledsv4.training.trainer import Trainer
-
-    policy = choose_policy(recipe, numerics, given)
-    with connect(recipe.parallel) as groups:
-        trainer = Trainer(
-            recipe.model, training, policy, tokens, parallel=recipe.parallel, groups=groups,
-            weights=Path(recipe.weights) if recipe.weights else None, lora=recipe.lora,
-        )
-        folder = out or Path(recipe.output)
-        with checkpointing(trainer, saving, resume, force) as (results, notes):
-            if groups.world.rank == 0:
-                train_and_log(trainer, results, notes, recipe, folder)
-            else:
-                deque(results, maxlen=0)
-        if recipe.lora:
-            save_adapter(trainer.model, recipe.lora, folder / "adapter", groups, recipe.weights)
+    changes = {"training": training, "checkpoint": saving, "output": str(out or recipe.output)}
+    recipe = observed(
+        recipe.model_copy(update=changes), check_finite, trace_attention, trace_steps,
+        metrics, metrics_every, profile_steps, profile_ranks,
+    )  # fmt: skip
+    pretrain(recipe, lambda: choose_policy(recipe, numerics, given), resume, force)
 
 
 app.command(epilog=sft.EXAMPLES)(sft.sft)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
+app.command(epilog=plot.EXAMPLES)(plot.plot)
+app.command(epilog=profile.EXAMPLES)(profile.profile)
+app.command(epilog=resuming.EXAMPLES)(resuming.resume)
 
 
 @app.command(epilog=INFO_EXAMPLES)
@@ -225,6 +220,9 @@ def numerics(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits 2 with one line on standard error for a :class:`UserError`."""
     try:
+        launch = Launch.from_env()
+        if launch.world_size > 1:
+            name_rank(launch.rank)
         app(args=arguments, prog_name="paddledsv4")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,9 @@
-"""The one exception that is meant for a person."""
+"""The one exception that is meant for a person, and how it shows values."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
 
 
 class UserError(Exception):
@@ -7,3 +12,16 @@ class UserError(Exception):
     The command line prints ``error: <message>`` and exits 2; anything else that escapes is a bug and keeps
     its trace.
     """
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 200, 200, 60
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 12
+
+
+def shown(value: Any) -> str:
+    """``repr`` that stays short, whatever somebody wrote into a file: a few bytes of YAML can mean a gigabyte."""
+    try:
+        return _REPR.repr(value)
+    except (ValueError, RecursionError):  # a whole number of more than 4,300 digits
+        return f"a {type(value).__name__}"

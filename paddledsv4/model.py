@@ -39,12 +39,13 @@ class DeepseekV4Model(nn.Layer):
     def __init__(
         self, config: ModelConfig, policy: Policy, precision: str = "fp32", groups: Groups = ALONE,
         sequence_parallel: bool = False, linear_cross_entropy: bool = False, expert_weight_format: str = "precision",
+        kv_qat: str = "off", indexer_qat: str = "off",
     ):
         super().__init__()
         self.config, self.policy = config, policy
         build = Build(
             config, policy, DTYPES[precision], groups, sequence_parallel=sequence_parallel,
-            expert_weight_format=expert_weight_format,
+            expert_weight_format=expert_weight_format, kv_qat=kv_qat, indexer_qat=indexer_qat,
         )
         self.ops, self.tensor, self.context_group = build.ops, build.tensor, groups.context
         self.ops.cross_entropy = cross_entropy(build)  # over this rank's part of the vocabulary

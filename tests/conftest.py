@@ -8,6 +8,8 @@ from paddledsv4.host import prepare_host
 
 prepare_host(bitwise=True)
 
+import no_nan  # noqa: E402, F401  (for its effect: NaN passes in no comparison)
+
 import tests.interpreted  # noqa: E402, F401  (before anything else imports triton)
 
 ROOT = Path(__file__).resolve().parents[1]

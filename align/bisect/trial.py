@@ -95,6 +95,8 @@ class Trial:
                 results.append(result)
                 weights.append(trainer.weights_md5())
                 comparison = compare_logs(self.reference, _log(results), result.step)
+                if comparison.ok and not math.isfinite(result.grad_norm):  # then so are the weights, whatever their MD5
+                    return Outcome(equal=False, error=f"the gradient norm of step {result.step} is {result.grad_norm}")
                 if like is not None and (not comparison.ok or _first_difference(weights, like)):
                     stopped = True
                     break

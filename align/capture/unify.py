@@ -68,7 +68,8 @@ def unify(holders: list[Holder], tensors: list[dict[str, np.ndarray]]) -> dict[s
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal shape, dtype and bytes; so NaN equals itself, and 0 differs from -0."""
+    """Equal shape, dtype and bytes; 0 differs from -0. Bytes of a NaN count too: a run that went wrong can be put
+    together and looked at, while every comparison of what is put together refuses it."""
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 

@@ -25,14 +25,16 @@ def numbers(x: Any) -> np.ndarray:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Whether two arguments or results are the same to the last bit; NaN equals the same NaN."""
+    """Whether two arguments or results are the same to the last bit. A NaN equals nothing, not even its own bits."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        if a.dtype != b.dtype or a.shape != b.shape or a.numpy().tobytes() != b.numpy().tobytes():
+            return False
+        return not a.is_floating_point() or not np.isnan(numbers(a)).any()
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return False
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b or (a != a and b != b)
+    return a == b
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Error:
         max_ulp: largest distance in float32 steps (of a bfloat16 result, in its own).
         equal: share of elements with equal bits.
         size: number of elements.
+        choice: of whole numbers, which are chosen and not rounded: all errors are infinite or 0.
     """
 
     rms: float
@@ -54,10 +57,11 @@ class Error:
     max_ulp: float
     equal: float
     size: int
+    choice: bool = False
 
     @classmethod
     def of(cls, ours: Any, reference: Any) -> Error:
-        """None counts as zeros; a NaN on one side only, or another shape, is infinitely far."""
+        """None counts as zeros; a NaN on either side or both, or another shape, is infinitely far."""
         if ours is None or reference is None:
             shape = numbers(reference if ours is None else ours).shape
             ours = np.zeros(shape) if ours is None else ours
@@ -65,11 +69,11 @@ class Error:
         a, b = numbers(ours), numbers(reference)
         if a.shape != b.shape:
             return cls(np.inf, np.inf, np.inf, np.inf, 0.0, a.size)
-        same = (a == b) | ((a != a) & (b != b))
+        same = a == b
         if same.all():
             return cls(0.0, 0.0, 0.0, 0.0, 1.0, a.size)
         if a.dtype.kind != "f":
-            return cls(np.inf, np.inf, np.inf, np.inf, float(same.mean()), a.size)
+            return cls(np.inf, np.inf, np.inf, np.inf, float(same.mean()), a.size, choice=True)
         difference = np.where(same, 0.0, a - b)
         if not np.isfinite(difference).all():
             return cls(np.inf, np.inf, np.inf, np.inf, float(same.mean()), a.size)
@@ -100,11 +104,11 @@ class Noise:
     flips: float = 0.0
 
     def add(self, error: Error) -> None:
-        """Widen by one legal computation; one that failed altogether says nothing."""
+        """Widen by one legal computation. One that is not finite says nothing: it excuses no other."""
         if np.isfinite(error.rms):
             self.rms, self.peak = max(self.rms, error.rms), max(self.peak, error.peak)
             self.scale = max(self.scale, abs(error.scale))
-        else:
+        elif error.choice:
             self.flips = max(self.flips, 1.0 - error.equal)
 
     def excess(self, error: Error, epsilon: float) -> float:
@@ -117,7 +121,7 @@ class Noise:
         if error.rms == 0.0:
             return 0.0
         if not np.isfinite(error.rms):
-            return np.inf if 1.0 - error.equal > self.flips else 0.0
+            return 0.0 if error.choice and 1.0 - error.equal <= self.flips else np.inf
         rms = max(self.rms, epsilon)
         bias = max(self.scale, rms * 3.0 / np.sqrt(error.size), epsilon)  # a kernel's own bias is of this order
         return float(max(error.rms / rms, error.peak / max(self.peak, epsilon), abs(error.scale) / bias))

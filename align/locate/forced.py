@@ -16,9 +16,10 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from align.calls import as_tuple, tensors_in
 from align.locate.distance import MARGIN, Error, describe, rounding_inside, same_bits
 from align.locate.reference import Recorded, names_of
+from paddledsv4.numerics.registry import load_all
+from paddledsv4.observe.ops import as_tuple, tensors_in
 
 
 class Diverged(Exception):
@@ -106,7 +107,7 @@ class ForcedRun:
 
     def __enter__(self) -> ForcedRun:
         for path, layer in [("", self.model), *self.model.named_sublayers()]:
-            for name in vars(layer.ops) if hasattr(layer, "ops") else ():
+            for name in vars(layer.ops).keys() & load_all() if hasattr(layer, "ops") else ():
                 self._wrap(layer, path, name)
         return self
 

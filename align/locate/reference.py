@@ -18,12 +18,13 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from align.calls import Call, CallRecorder, replay
+from align.calls import CallRecorder
 from align.locate.distance import Error, Noise, numbers
 from paddledsv4.model import DTYPES
 from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.numerics.registry import load_all
+from paddledsv4.observe.replay import Call, replay
 from paddledsv4.training.trainer import Trainer
 
 OTHER_FORMULA = {"hf"}  # variants that compute another formula on purpose: no measure of rounding

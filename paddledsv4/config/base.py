@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
-from paddledsv4.errors import UserError
+from paddledsv4.errors import UserError, shown
 
 # pydantic's error type -> what is legal, filled with the error's context
 LEGAL = {
@@ -57,7 +57,7 @@ class StrictConfig(BaseModel):
             return f"{field} is not a known key{did_you_mean(path, cls.model_fields)}"
         legal = LEGAL.get(error["type"])
         legal = legal.format(**error.get("ctx", {})) if legal else error["msg"]
-        return f"{field} = {error['input']!r}: {legal}"
+        return f"{field} = {shown(error['input'])}: {legal}"
 
     def reject(self, field: str, legal: str) -> None:
         """Refuse the value of ``field``.
@@ -65,7 +65,7 @@ class StrictConfig(BaseModel):
         Raises:
             UserError: always; it names the field, its value and what is ``legal``.
         """
-        raise UserError(f"{self.SECTION}{field} = {getattr(self, field)!r}: {legal}")
+        raise UserError(f"{self.SECTION}{field} = {shown(getattr(self, field))}: {legal}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:

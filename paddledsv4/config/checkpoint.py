@@ -14,10 +14,11 @@ from paddledsv4.config.training import Count
 class CheckpointConfig(StrictConfig):
     """Checkpoints of a run, with Megatron's rules.
 
-    ``dir``: the folder, relative to the working directory; None saves nothing. ``save_interval``: every so many steps,
-    and after the last one. ``save_retain_interval``: when a checkpoint is complete, the one before it is deleted,
-    unless its step is a multiple of this; None keeps all. ``warmup_save``: also after the first step of every process,
-    never in the background. ``async``: written by a thread while training goes on.
+    ``dir``: the folder, relative to the working directory; left out, ``checkpoints`` in the run's own folder.
+    ``save_interval``: every so many steps, and after the last one; left out, only when a signal stops the run.
+    ``save_retain_interval``: when a checkpoint is complete, the one before it is deleted, unless its step is a multiple
+    of this; None keeps all. ``warmup_save``: also after the first step of every process, never in the background.
+    ``async``: written by a thread while training goes on.
     """
 
     SECTION: ClassVar[str] = "checkpoint."

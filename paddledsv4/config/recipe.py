@@ -13,6 +13,7 @@ from paddledsv4.config.checkpoint import CheckpointConfig
 from paddledsv4.config.files import read_mapping
 from paddledsv4.config.lora import LoraConfig
 from paddledsv4.config.model import ModelConfig
+from paddledsv4.config.observe import ObserveConfig
 from paddledsv4.config.training import ParallelConfig, TrainConfig
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.rules import Overrides
@@ -44,6 +45,7 @@ class BaseRecipe(StrictConfig):
     weights: str | None = None
     numerics: Any = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
     output: str = "runs/paddledsv4"
 
     @model_validator(mode="after")

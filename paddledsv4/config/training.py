@@ -46,6 +46,9 @@ class TrainConfig(StrictConfig):
     ``megatron`` does not, as the reference: its gradient grows with the number of microbatches (spec 8.3).
     ``linear_cross_entropy``: head and loss in one, without the logits in memory; not with tensor parallelism.
     ``expert_weight_format``: ``mxfp4`` keeps the routed experts packed and frozen; ``precision`` as everything else.
+    ``kv_qat``: FP8 rounding of keys and values, of the window and compressed, as a served model caches them; scales
+    are powers of two (``ue8m0``, as DeepSeek's) or not. ``indexer_qat``: FP4 rounding of the indexer's queries and
+    keys.
     """
 
     SECTION: ClassVar[str] = "training."
@@ -62,6 +65,8 @@ class TrainConfig(StrictConfig):
     indexer_loss_coeff: NotNegative = 0.01
     indexer_sparse_loss: bool = True
     indexer_loss_scale: Literal["megatron", "per_microbatch"] = "megatron"
+    kv_qat: Literal["off", "ue8m0", "fp32_scale"] = "off"
+    indexer_qat: Literal["off", "fp4"] = "off"
     seq_aux_loss_coeff: NotNegative = 0.0001
     expert_bias_update_rate: NotNegative = 0.001
     linear_cross_entropy: bool = False

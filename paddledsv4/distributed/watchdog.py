@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import signal
 import sys
 import threading
 import time
@@ -21,8 +19,7 @@ class Watchdog:
     """Watches the collectives of this process from a thread of its own.
 
     The backend's own time limit ends most waits with an exception. This ends the rest: when a wait exceeds
-    ``timeout`` + PATIENCE seconds, when another rank has left a failure, or when the launcher says SIGTERM because
-    another rank died, the process prints one line and exits.
+    ``timeout`` + PATIENCE seconds, or when another rank has left a failure, the process prints one line and exits.
 
     Args:
         store: the ranks' common key-value store.
@@ -33,7 +30,6 @@ class Watchdog:
         self.launch, self.timeout, self.store = launch, timeout, store
         self._wait: tuple[str, float] | None = None
         self._stopped = threading.Event()
-        self._signals, self._restore = _signal_pipe()
         threading.Thread(target=self._watch, args=(connect,), daemon=True, name="watchdog").start()
 
     @contextlib.contextmanager
@@ -74,14 +70,10 @@ class Watchdog:
     def stop(self) -> None:
         """End the thread."""
         self._stopped.set()
-        self._restore()
 
     def _watch(self, connect: Callable) -> None:
         store = None
-        while not self._stopped.is_set():
-            ready, _, _ = select.select([self._signals], [], [], 1.0)
-            if ready and signal.SIGTERM in os.read(self._signals, 64):
-                self._end("told to stop: another rank ended, or somebody stopped the run")
+        while not self._stopped.wait(1.0):
             wait = self._wait
             if wait is None:
                 continue
@@ -99,23 +91,3 @@ class Watchdog:
     def _end(self, message: str) -> None:
         print(f"error: rank {self.launch.rank}: {message}", file=sys.stderr, flush=True)
         os._exit(2)
-
-
-def _signal_pipe() -> tuple[int, Callable[[], None]]:
-    """A file that gets a byte for every signal, at once even while the main thread waits in a collective.
-
-    Returns:
-        Its descriptor, and what puts things back. SIGTERM has a handler meanwhile: Paddle's prints a C++ trace.
-    """
-    readable, writable = os.pipe()
-    os.set_blocking(writable, False)
-    if threading.current_thread() is not threading.main_thread():
-        return readable, lambda: None
-    handler = signal.signal(signal.SIGTERM, lambda *_: None)
-    wakeup = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-
-    def restore() -> None:
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, handler if handler is not None else signal.SIG_DFL)
-
-    return readable, restore

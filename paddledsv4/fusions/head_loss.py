@@ -9,7 +9,6 @@ from paddle import Tensor
 
 from paddledsv4.errors import UserError
 from paddledsv4.fusions.linear_cross_entropy import linear_cross_entropy
-from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.tensor_parallel.layers import ColumnParallelLinear
 from paddledsv4.transformer.build import Build
 
@@ -30,8 +29,7 @@ def head_loss(build: Build, ops: SimpleNamespace, head: ColumnParallelLinear, fu
             "each; set it to false"
         )
     if fused:
-        variants = linear_cross_entropy.variants
-        variant = variants.get(build.policy.at(build.path)["cross_entropy"]) or variants["paddle"]
-        return variant.emulated if needs_emulation(build.dtype) else variant.function
+        ops.linear_cross_entropy = build.follow(linear_cross_entropy)
+        return lambda hidden, weight, labels: ops.linear_cross_entropy(hidden, weight, labels)
     enter = build.tensor.enter
     return lambda hidden, weight, labels: ops.cross_entropy(head(enter(hidden), weight), labels)

@@ -16,13 +16,19 @@ from paddle import Tensor
 from paddledsv4.ops.precision import dtype_name
 
 
+class TypeName(str):
+    """The name of a dtype, which is how Triton finds its own, and the size that its descriptors ask for."""
+
+    itemsize = property(lambda self: paddle.core.size_of_dtype(getattr(paddle, self)))
+
+
 class Pointer:
     """A Paddle tensor as Triton sees it. In the interpreter it is its own storage, which is in the host's memory."""
 
     __slots__ = ("dtype", "tensor")
 
     def __init__(self, tensor: Tensor):
-        self.tensor, self.dtype = tensor, dtype_name(tensor)
+        self.tensor, self.dtype = tensor, TypeName(dtype_name(tensor))
 
     def data_ptr(self) -> int:
         return self.tensor.data_ptr()
@@ -64,6 +70,11 @@ class PaddleCarrier:
 
     def dtype(self, x: Tensor) -> str:
         return dtype_name(x)
+
+    def tiles(self, x: Tensor, shape: Sequence[int]) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(Pointer(x), list(x.shape), list(x.strides), list(shape))
 
     def launch(self, kernel, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         enable_triton()

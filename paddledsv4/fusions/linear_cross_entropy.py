@@ -12,17 +12,19 @@ from __future__ import annotations
 import paddle
 from paddle import Tensor
 
+from paddledsv4.fusions.launcher import CARRIER
+from paddledsv4.fusions.support import check_rows, refusal
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.megatron import megatron_order
-from paddledsv4.numerics.registry import Op
+from paddledsv4.numerics.registry import follower
 from paddledsv4.ops.precision import widen
 from paddledsv4.ops.reduce import row_sum
 
 BLOCK = 1 << 24  # elements: 64 MiB in float32
 ROWS = 64  # blocks have a multiple of so many rows, but for the last one
 
-linear_cross_entropy = Op("linear_cross_entropy", "cross entropy of a linear head, without its logits", spec="11",
-                          outputs=("loss",), wide=("loss",))
+linear_cross_entropy = follower("linear_cross_entropy", "cross entropy of a linear head, without its logits", spec="11",
+                                follows="cross_entropy", outputs=("loss",), wide=("loss",))
 
 
 def blocks(total: int, width: int) -> list[slice]:
@@ -109,3 +111,26 @@ def megatron_linear_cross_entropy(K, hidden, weight, labels):
         return K.cat(dx, 0).reshape([s, b, width]), K.cat(dw, 0), None
 
     return K.contiguous(K.permute(K.cat(losses, 0).reshape([s, b]), 1, 0)), backward
+
+
+@linear_cross_entropy.variant("fused", "Triton kernels: logits in registers, backward by blocks of the vocabulary",
+                              needs="triton", refuses=refusal)
+@differentiable
+def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor):
+    """hidden [s, b, C], weight [V, C], labels [b, s] -> losses [b, s] in float32.
+
+    Raises:
+        UserError: hidden and weight are not both float32 or both bfloat16, or their rows have no multiple of 16 bytes.
+    """
+    from paddledsv4.kernels import linear_cross_entropy as kernel
+
+    s, b, width = hidden.shape
+    check_rows("the fused linear_cross_entropy", hidden, weight)
+    x, target = hidden.reshape([-1, width]), labels.t().reshape([-1])
+    losses, logs = kernel.forward(CARRIER, x, weight, target)
+
+    def backward(dloss):
+        dx, dw = kernel.backward(CARRIER, dloss.t().reshape([-1]), x, weight, target, logs)
+        return dx.reshape(hidden.shape), dw, None
+
+    return losses.reshape([s, b]).t(), backward

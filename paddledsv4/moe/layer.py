@@ -5,7 +5,8 @@ from __future__ import annotations
 from paddle import Tensor, nn
 
 from paddledsv4.moe.dispatcher import dispatcher, own_assignments
-from paddledsv4.moe.experts import MLP, Experts
+from paddledsv4.moe.experts import MLP
+from paddledsv4.moe.grouped_experts import experts
 from paddledsv4.moe.router import HashRouter, LearnedRouter
 from paddledsv4.transformer.build import Build, ForwardContext
 
@@ -18,7 +19,7 @@ class MoELayer(nn.Layer):
         self.ops, self.tensor = build.ops, build.tensor
         config = build.config
         self.router = (HashRouter if hash_routing else LearnedRouter)(build.at("router"))
-        self.experts = Experts(build.at("experts"))
+        self.experts = experts(build.at("experts"))
         self.own_assignments, self.dispatcher = own_assignments(build), dispatcher(build)
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.tensor.share(shared, "n_shared_experts x moe_intermediate_size")

@@ -15,7 +15,7 @@ from paddle import Tensor, nn
 
 from paddledsv4.distributed.group import Group
 from paddledsv4.errors import UserError
-from paddledsv4.fusions.packed_linear import input_gradient, packed_linear
+from paddledsv4.fusions.packed_linear import input_gradient, packed_product
 from paddledsv4.tensor_parallel.layers import GateAndLinear, RowParallelLinear
 from paddledsv4.transformer.build import Build, parameter, parameters_are_unset
 from paddledsv4.weights.mxfp4 import BLOCK, quantize
@@ -42,7 +42,7 @@ class PackedLinear(nn.Layer):
                 f"parallel.expert_tensor = {group.size}: must be 1 with training.expert_weight_format = 'mxfp4', whose "
                 "experts are not split; spread them with parallel.expert"
             )
-        self.ops, self.dx = build.ops, build.follow(input_gradient, "linear")
+        self.ops, self.dx, self.product = build.ops, build.follow(input_gradient), build.follow(packed_product)
         self.register_buffer("weight", paddle.empty([out_features, in_features // 2], "int8"))
         self.register_buffer("weight_scale", paddle.empty([out_features, in_features // BLOCK], "uint8"))
         if not parameters_are_unset():
@@ -57,7 +57,7 @@ class PackedLinear(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return packed_linear(x, self.weight, self.weight_scale, linear=self.ops.linear, dx=self.dx)
+        return self.product(x, self.weight, self.weight_scale, linear=self.ops.linear, dx=self.dx)
 
 
 def expert_linears(build: Build) -> tuple[type[nn.Layer], type[nn.Layer]]:

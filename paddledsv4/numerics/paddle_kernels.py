@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import paddle
 from paddle.nn import functional as F
 
@@ -92,6 +94,9 @@ class PaddleKernels:
 
     @staticmethod
     def clamp(x, low=None, high=None):
+        """Infinities that no bound forbids stay; paddle.clip makes the largest finite numbers of them."""
+        if x.is_floating_point():
+            low, high = -math.inf if low is None else low, math.inf if high is None else high
         return paddle.clip(x, low, high)
 
     @staticmethod
@@ -185,8 +190,9 @@ class PaddleKernels:
 
     @staticmethod
     def shared_rows(keys, index):
-        """keys [M, D], index [R, T] -> [R, T, D]."""
-        return paddle.gather(keys, index.flatten()).reshape([*index.shape, keys.shape[-1]])
+        """keys [M, D], index [R, T] -> [R, T, D]; -1 gives zeros and reads no key."""
+        rows = paddle.gather(paddle.concat([paddle.zeros_like(keys[:1]), keys], 0), index.flatten() + 1)
+        return rows.reshape([*index.shape, keys.shape[-1]])
 
     # -- between ranks
     @staticmethod

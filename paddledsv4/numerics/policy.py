@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from paddledsv4.errors import UserError
-from paddledsv4.numerics.registry import OPS, Op, installed, load_all
+from paddledsv4.numerics.registry import FOLLOWERS, OPS, Op, Variant, installed, load_all
 from paddledsv4.numerics.rules import LayerRule, Overrides, layer_rules
 from paddledsv4.numerics.settings import SETTINGS
 
@@ -76,10 +76,12 @@ class Policy:
             if name == AUTO and op.name not in overrides and (missing := candidates[0].missing()):
                 passed_over[op.name] = f"{candidates.pop(0).name}: {missing}"
             choices[op.name] = overrides.get(op.name) or candidates[0].name
-            _usable(op, choices[op.name])
+            check_usable(op, choices[op.name])
+        if name == AUTO:
+            passed_over |= {op.name: reason for op in FOLLOWERS.values() if (reason := _passed_over(op, overrides))}
         kept: dict[tuple[str, str], LayerRule] = {}
         for rule in layers:
-            _usable(_known(rule.op), rule.variant)
+            check_usable(_known(rule.op), rule.variant)
             kept.pop((rule.glob, rule.op), None)
             kept[rule.glob, rule.op] = rule
         return cls(name, choices, tuple(kept.values()), passed_over)
@@ -122,6 +124,13 @@ class Policy:
         """
         chosen = {op: OPS[op].variants[choice] for op, choice in self.at(path).items()}
         return SimpleNamespace(**{op: (emulate_bfloat16 and v.emulated) or v.function for op, v in chosen.items()})
+
+    def follower(self, op: Op, path: str = "") -> Variant:
+        """What is chosen at ``path`` for an op outside the table; ``auto`` takes its kernel where it can run."""
+        choice = self.at(path)[op.follows]
+        if self.name == AUTO and choice == "paddle" and "fused" in op.variants and op.name not in self.passed_over:
+            choice = "fused"
+        return op.variants.get(choice) or op.variants["paddle"]
 
     def check_layers(self, paths: Iterable[str]) -> None:
         """Whether every layer rule means some layer of a model whose layers with ops are at ``paths``.
@@ -175,7 +184,15 @@ def _known(op: str) -> Op:
     return OPS[op]
 
 
-def _usable(op: Op, choice: str) -> None:
+def _passed_over(op: Op, overrides: Mapping[str, str]) -> str:
+    """Why ``auto`` leaves out the kernel of an op outside the table; "" if it does not."""
+    if "fused" not in op.variants:
+        return ""
+    missing = f"{op.follows} is set" if op.follows in overrides else op.variants["fused"].missing()
+    return missing and f"fused: {missing}"
+
+
+def check_usable(op: Op, choice: str) -> None:
     """Raise unless ``op`` has the variant and what it needs is installed."""
     if choice not in op.variants:
         raise UserError(f"numerics: op {op.name} has no variant {choice!r}; it has: {', '.join(op.variants)}")

@@ -62,7 +62,8 @@ class Variant:
 class Op:
     """A numeric operation: its name, its meaning, where the reference's order is specified, its outputs.
 
-    ``wide`` names the outputs that are float32 or wider whatever the activations are.
+    ``wide`` names the outputs that are float32 or wider whatever the activations are; ``follows``, for an op outside
+    the table, the op whose switch decides for it too.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Op:
     spec: str
     outputs: tuple[str, ...] = ("out",)
     wide: tuple[str, ...] = ()
+    follows: str = ""
     variants: dict[str, Variant] = field(default_factory=dict)
 
     def variant(
@@ -97,6 +99,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+FOLLOWERS: dict[str, Op] = {}  # ops outside the table
 
 
 def define(
@@ -107,6 +110,14 @@ def define(
         raise ValueError(f"op {name} is defined twice")
     OPS[name] = Op(name, summary, spec, outputs, wide)
     return OPS[name]
+
+
+def follower(name: str, summary: str, spec: str, follows: str, outputs: tuple[str, ...] = ("out",),
+             wide: tuple[str, ...] = ()) -> Op:
+    """An op outside the table: one that stands for several, or for a part of one. The switch of the op ``follows``
+    decides for it; where it has no variant of that name, ``paddle`` is taken."""
+    FOLLOWERS[name] = Op(name, summary, spec, outputs, wide, follows)
+    return FOLLOWERS[name]
 
 
 def load_all() -> dict[str, Op]:

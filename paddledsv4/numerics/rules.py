@@ -36,10 +36,8 @@ class LayerRule:
     variant: str
 
     def matches(self, path: str) -> bool:
-        """Whether the layer at ``path`` is meant. The model itself, at path "", never is."""
-        if not path:
-            return False
-        return fnmatchcase(path, self.glob) or (self.glob.endswith(".*") and fnmatchcase(path, self.glob[:-2]))
+        """Whether the layer at ``path`` is meant."""
+        return glob_matches(self.glob, path)
 
     def __str__(self) -> str:
         return f"{self.glob}:{self.op}={self.variant}"
@@ -88,6 +86,11 @@ class Overrides:
                 raise UserError(f"numerics.layers.{glob} = {choices!r}: must be a mapping of op to variant")
             rules += [LayerRule(glob, op, variant) for op, variant in choices.items()]
         return cls(ops, tuple(rules))
+
+
+def glob_matches(glob: str, path: str) -> bool:
+    """Whether a glob over layers means the one at ``path``, see :class:`LayerRule`. The model itself, "", never is."""
+    return bool(path) and (fnmatchcase(path, glob) or (glob.endswith(".*") and fnmatchcase(path, glob[:-2])))
 
 
 def layer_rules(text: str, source: str) -> list[LayerRule]:

@@ -12,7 +12,8 @@ from paddledsv4.errors import UserError
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of ``training`` with few values. ``variants``: value -> what it means; ``spec`` as in the registry."""
+    """A field of ``training`` with few values. ``variants``: value -> what it means; ``spec`` as in the registry,
+    "peers" standing for peers-spec.md."""
 
     name: str
     summary: str
@@ -36,6 +37,20 @@ SETTINGS = (
         "8.3", {
             "megatron": "1, as the reference: its gradient grows with the number of microbatches",
             "per_microbatch": "1 / number of microbatches, as all other losses",
+        },
+    ),
+    Setting(
+        "kv_qat", "rounding of keys and values, of the window and compressed; a setting of the training section",
+        "peers 3.A", {
+            "off": "none, as the reference",
+            "ue8m0": "e4m3 over blocks of 64 but for the rotary dimensions, scales powers of two, as DeepSeek serves",
+            "fp32_scale": "the same with scales amax / 448",
+        },
+    ),
+    Setting(
+        "indexer_qat", "rounding of the indexer's queries and keys; a setting of the training section", "peers 3.A", {
+            "off": "none, as the reference",
+            "fp4": "e2m1 over blocks of 32 after the Hadamard rotation, scales powers of two, as DeepSeek serves",
         },
     ),
 )  # fmt: skip

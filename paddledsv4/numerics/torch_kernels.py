@@ -308,7 +308,9 @@ class TorchKernels:
         """As the reference gathers, because the order in which its backward sums over rows follows from it."""
         rows, taken = index.shape
         everywhere = keys.unsqueeze(0).expand(rows, -1, -1)
-        return torch.gather(everywhere, 1, index.unsqueeze(-1).expand(rows, taken, keys.shape[-1]))
+        read = index.clamp(min=0).unsqueeze(-1)
+        gathered = torch.gather(everywhere, 1, read.expand(rows, taken, keys.shape[-1]))
+        return gathered.masked_fill_((index < 0).unsqueeze(-1), 0.0)
 
     # -- between ranks
     @staticmethod

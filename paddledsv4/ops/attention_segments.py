@@ -7,6 +7,7 @@ Each segment serves a chunk of query rows ``[r0, r1)`` and has the same methods:
 * ``weigh(p)``: probabilities of that shape -> [b, rows, H, D]
 * ``gradient(p, ds, q, dout)``: gradient of the scores' and of the weighing's inputs; returns dq, adds to ``dkeys``
 * ``cut(r0, r1)``: the segment for these rows; chunks share ``dkeys``
+* ``numbers_per_row(H)``: how many numbers a query row makes
 
 Nowhere are more than rows x selected x D numbers held. Masks are expanded before they are added: Paddle's CPU
 broadcast over a middle dimension is ten times slower than expand and add.
@@ -14,6 +15,7 @@ broadcast over a middle dimension is ten times slower than expand and add.
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import numpy as np
@@ -54,6 +56,9 @@ class Window:
 
     def cut(self, r0: int, r1: int) -> Window:
         return Window(self.kv, self.window, self.missing, (r0, r1), self.dkeys)
+
+    def numbers_per_row(self, heads: int) -> int:
+        return heads * 2 * self.window
 
     def begin_gradient(self) -> None:
         self.dkeys = paddle.zeros_like(self.kv)
@@ -111,6 +116,9 @@ class Compressed:
     def cut(self, r0: int, r1: int) -> Compressed:
         return Compressed(self.keys, self.ratio, self.offset, (r0, r1), self.dkeys)
 
+    def numbers_per_row(self, heads: int) -> int:
+        return heads * self.keys.shape[1]
+
     def begin_gradient(self) -> None:
         self.dkeys = paddle.zeros_like(self.keys)
 
@@ -141,26 +149,37 @@ class Compressed:
 class Selected:
     """The compressed entries that an index list names for every query (ratio 4).
 
-    keys [b, g, D], index [b, s, K] with -1 for no entry: it is never read, weighs zero and gets no gradient.
+    keys [b, g, D], index [b, s, K] with -1 for no entry: it weighs zero and gets no gradient. What it reads is a row
+    of zeros, put before the keys: were it one of them, a NaN there would reach every query, zero times NaN being NaN.
     """
 
-    def __init__(self, keys: Tensor, index: Tensor, dkeys: Tensor | None = None):
-        self.keys, self.index, self.dkeys = keys, index, dkeys
+    def __init__(self, keys: Tensor, index: Tensor):
+        self.index, self.padded = index, paddle.concat([paddle.zeros_like(keys[:, :1]), keys], 1)
+        self.dpadded = None
 
     def cut(self, r0: int, r1: int) -> Selected:
-        return Selected(self.keys, self.index[:, r0:r1], self.dkeys)
+        part = copy.copy(self)
+        part.index = self.index[:, r0:r1]
+        return part
+
+    def numbers_per_row(self, heads: int) -> int:
+        return self.index.shape[-1] * self.padded.shape[-1]
 
     def begin_gradient(self) -> None:
-        self.dkeys = paddle.zeros_like(self.keys)
+        self.dpadded = paddle.zeros_like(self.padded)
+
+    @property
+    def dkeys(self) -> Tensor:
+        return self.dpadded[:, 1:]
 
     def _flat_index(self) -> Tensor:
-        b, g, _ = self.keys.shape
-        base = paddle.arange(b, dtype=self.index.dtype).reshape([b, 1, 1]) * g
-        return (self.index.clip(min=0) + base).reshape([-1])
+        b, rows, _ = self.padded.shape
+        base = paddle.arange(b, dtype=self.index.dtype).reshape([b, 1, 1]) * rows
+        return (self.index + 1 + base).reshape([-1])
 
     def _gathered(self) -> Tensor:
-        rows = paddle.gather(self.keys.reshape([-1, self.keys.shape[-1]]), self._flat_index())
-        return rows.reshape([*self.index.shape, self.keys.shape[-1]])
+        rows = paddle.gather(self.padded.reshape([-1, self.padded.shape[-1]]), self._flat_index())
+        return rows.reshape([*self.index.shape, self.padded.shape[-1]])
 
     def products(self, q: Tensor) -> Tensor:
         return paddle.matmul(q, self._gathered(), transpose_y=True)
@@ -173,9 +192,9 @@ class Selected:
         return paddle.matmul(p, self._gathered())
 
     def gradient(self, p: Tensor, ds: Tensor, q: Tensor, dout: Tensor) -> Tensor:
-        d = self.keys.shape[-1]
+        d = self.padded.shape[-1]
         dgathered = paddle.matmul(ds, q, transpose_x=True) + paddle.matmul(p, dout, transpose_x=True)
-        flat = self.dkeys.reshape([-1, d])
+        flat = self.dpadded.reshape([-1, d])
         total = paddle.index_add(flat, self._flat_index(), 0, dgathered.reshape([-1, d]))
-        paddle.assign(total.reshape(self.dkeys.shape), self.dkeys)
+        paddle.assign(total.reshape(self.dpadded.shape), self.dpadded)
         return paddle.matmul(ds, self._gathered())

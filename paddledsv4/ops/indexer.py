@@ -98,7 +98,7 @@ def _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse
     q = batch_first(query, padded) * scale
     sink_logit = widen(sink).reshape([1, 1, heads, 1])
     targets = []
-    entries = segments[1].keys.shape[1]
+    entries = compressed.shape[0]
     for r0, r1 in row_chunks(padded, window, q.shape[0] * heads * (2 * window + entries)):
         rows = q[:, r0:r1]
         scores = [segment.cut(r0, r1).scores(rows) for segment in segments]
@@ -138,7 +138,8 @@ def paddle_indexer_loss(
     target = _teacher(query, kv, compressed, sink, selected, window, ratio, scale, sparse, offset, heads_of)
     if sparse:
         index = selected.clip(min=0).astype("int64")
-        student, mask = paddle.take_along_axis(scores, index, 2), (selected < 0).astype(scores.dtype) * NEVER
+        student = paddle.masked_fill(paddle.take_along_axis(scores, index, 2), selected < 0, 0.0)
+        mask = (selected < 0).astype(scores.dtype) * NEVER
     else:
         student, mask = scores, selection_mask(None, s, groups, ratio, offset, dtype_name(scores))
     target = target * (mask == 0).astype(target.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import paddle
 from paddle import Tensor
 
@@ -14,6 +16,11 @@ def accumulate_dtype(dtype) -> str:
 def widen(x: Tensor) -> Tensor:
     """``x`` in its accumulation precision; ``x`` itself when it is there already."""
     return x if x.dtype in (paddle.float32, paddle.float64) else x.astype("float32")
+
+
+def at_least(x: Tensor, low: float) -> Tensor:
+    """``x`` or ``low``, whichever is more. NaN and infinity stay; of that ``clip(min=...)`` makes a finite number."""
+    return x.clip(low, math.inf)
 
 
 def dtype_name(x: Tensor) -> str:

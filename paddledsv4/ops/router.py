@@ -8,7 +8,7 @@ from paddle.nn import functional as F
 
 from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
-from paddledsv4.ops.precision import widen
+from paddledsv4.ops.precision import at_least, widen
 
 router_logits = define("router_logits", "gating GEMM in float32", spec="9.1", outputs=("logits",),
                        wide=("logits",))
@@ -19,6 +19,7 @@ router_probs = define("router_probs", "weights of the chosen experts, normalised
 sequence_aux_loss = define("sequence_aux_loss", "balance loss of every sequence", spec="9.3", outputs=("loss",))
 
 TINY = 1e-20  # keeps a normalisation finite; no effect on any sum of affinities
+LEAST_SOFTPLUS = 1e-12  # that of -27.6; below -103.9 it is zero, where the slope of the square root is infinite
 
 
 @router_logits.variant("paddle", "paddle.matmul in float32 or wider")
@@ -29,10 +30,15 @@ def paddle_router_logits(x: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-@router_scores.variant("paddle", "differentiated by autograd")
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x). Paddle's adds to the 1, which leaves a thousandth of error at -10 and zero from -17 on."""
+    return paddle.where(x > -5.0, F.softplus(x), paddle.log1p(paddle.exp(x.clip(max=-4.0))))
+
+
+@router_scores.variant("paddle", "softplus 1e-12 at least: finite slopes from -104 down; differentiated by autograd")
 def paddle_router_scores(logits: Tensor) -> Tensor:
     """[..., E] -> affinities [..., E]."""
-    return paddle.sqrt(F.softplus(logits))
+    return paddle.sqrt(at_least(_softplus(logits), LEAST_SOFTPLUS))
 
 
 @router_topk.variant("paddle", "paddle.topk, best first", same_bits="the same choice unless scores tie")
@@ -52,7 +58,7 @@ def paddle_router_probs(scores: Tensor, index: Tensor, scaling: float, normalise
     return probs, F.one_hot(index, scores.shape[1]).sum(1).astype("bool")
 
 
-@sequence_aux_loss.variant("paddle", "differentiated by autograd")
+@sequence_aux_loss.variant("paddle", "affinities of router_scores=paddle, differentiated by autograd")
 def paddle_sequence_aux_loss(
     logits: Tensor, sequences: int, topk: int, coeff: float, elsewhere: Tensor | None = None, slices: int = 1
 ) -> Tensor:
@@ -111,7 +117,7 @@ def megatron_router_logits(K, x, weight):
     return K.matmul(rows, K.permute(wide, 1, 0)).reshape([*lead, weight.shape[0]]), backward
 
 
-@megatron_order(router_scores, "softplus, then sqrt, in float32")
+@megatron_order(router_scores, "softplus, then sqrt, in float32; the slope is NaN from -104 down")
 def megatron_router_scores(K, logits):
     return K.sqrt(K.softplus(K.wide(logits)))
 

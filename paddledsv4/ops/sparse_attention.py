@@ -1,9 +1,15 @@
 """Attention of every query over a sliding window and compressed entries, with one shared key-value head and a sink.
 
 out = sum_k p_k kv_k, p = exp(score) / (sum exp(score) + exp(sink)): the sink takes weight and gives no value.
+
+Scores and sink are shifted by their common maximum, so that no exponential overflows. A query without any key gives
+exactly zero and finite gradients, whatever its sink: the maximum is at least LOWEST_TOP, far above a masked score, and
+the denominator at least DENOMINATOR; that of every other query is 1 or more.
 """
 
 from __future__ import annotations
+
+import functools
 
 import paddle
 from paddle import Tensor
@@ -13,12 +19,13 @@ from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import define
 from paddledsv4.ops.attention_segments import NEVER, Compressed, Selected, Window, causal_mask
-from paddledsv4.ops.precision import dtype_name, widen
+from paddledsv4.ops.precision import at_least, dtype_name, widen
 from paddledsv4.ops.reduce import row_sum
 
 sparse_attention = define("sparse_attention", "window and selected compressed entries under one softmax with sink",
                           spec="8.4")
 
+LOWEST_TOP, DENOMINATOR = NEVER / 2, 0.5
 CHUNK_NUMBERS = 1 << 24  # at most about this many scores or gathered numbers are alive at a time
 
 
@@ -31,8 +38,8 @@ def batch_first(x: Tensor, rows: int | None = None) -> Tensor:
 
 
 def whole_windows(rows: int, window: int) -> int:
-    """``rows``, rounded up to a multiple of the window."""
-    return -(-rows // window) * window
+    """``rows``, rounded up to a multiple of the window; as they are without one."""
+    return -(-rows // window) * window if window else rows
 
 
 def near_keys(kv: Tensor, queries: int, window: int) -> tuple[Tensor, int]:
@@ -58,9 +65,10 @@ def make_segments(
 ) -> list:
     """The segments of kv [n, b, D], compressed [g, b, D] or None, selected [b, s, K] or None for all complete ones,
     for s queries from position ``offset`` on, the last n keys. Rows are padded to a multiple of the window."""
-    keys, missing = near_keys(kv, queries, window)
-    rows = whole_windows(queries, window)
-    segments = [Window(keys, window, missing)]
+    rows, segments = whole_windows(queries, window), []
+    if window:
+        keys, missing = near_keys(kv, queries, window)
+        segments.append(Window(keys, window, missing))
     if compressed is not None and selected is None:
         segments.append(Compressed(batch_first(compressed), ratio, offset))
     elif compressed is not None:
@@ -72,21 +80,13 @@ def make_segments(
 
 def row_chunks(rows: int, window: int, numbers_per_row: int) -> list[tuple[int, int]]:
     """Cut ``rows`` into ranges of whole windows whose temporaries stay under the limit."""
-    step = max(CHUNK_NUMBERS // (numbers_per_row * window), 1) * window
+    whole = max(window, 1)
+    step = max(CHUNK_NUMBERS // (numbers_per_row * whole), 1) * whole
     return [(r, min(r + step, rows)) for r in range(0, rows, step)]
 
 
 def _join(chunks: list[Tensor]) -> Tensor:
     return chunks[0] if len(chunks) == 1 else paddle.concat(chunks, 1)
-
-
-def _row_cost(query: Tensor, segments: list, window: int) -> int:
-    heads, d = query.shape[2:]
-    cost = query.shape[1] * 2 * heads * window
-    for segment in segments[1:]:
-        cost += query.shape[1] * (segment.index.shape[-1] * d if isinstance(segment, Selected)
-                                  else heads * segment.keys.shape[1])
-    return cost
 
 
 @sparse_attention.variant("paddle", "banded window, chunks of rows; backward recomputes weights if chunked")
@@ -98,6 +98,7 @@ def paddle_sparse_attention(
     """query [s, b, H, D], kv [n, b, D], compressed [g, b, D] or None, selected [b, s, K] integers (-1: none) or None
     for every complete entry, sink [H] -> [s, b, H*D] in the dtype of query.
 
+    ``window`` counts the query's own position; 0: compressed entries only, of which a query may have none.
     The queries are those of positions ``offset`` to ``offset + s``. The keys end with the last query and begin with
     the first of its window, or anywhere before.
     """
@@ -106,20 +107,21 @@ def paddle_sparse_attention(
     segments = make_segments(kv, compressed, selected, s, window, ratio, offset)
     q = batch_first(query, padded) * scale
     sink_logit = widen(sink).reshape([1, 1, heads, 1])
-    chunks = row_chunks(padded, window, _row_cost(query, segments, window))
+    chunks = row_chunks(padded, window, b * sum(segment.numbers_per_row(heads) for segment in segments))
 
     outs, lses, kept = [], [], []
     for r0, r1 in chunks:
         parts = [segment.cut(r0, r1) for segment in segments]
         scores = [part.scores(q[:, r0:r1]) for part in parts]
-        top = sink_logit.expand([*scores[0].shape[:3], 1])
-        for x in scores:
-            top = paddle.maximum(top, x.max(-1, keepdim=True))
+        best = functools.reduce(paddle.maximum, [x.max(-1, keepdim=True) for x in scores])
+        top = at_least(paddle.maximum(best, sink_logit.expand(best.shape)), LOWEST_TOP)
         weights = [(x - top.expand(x.shape)).exp_() for x in scores]
         total = paddle.exp(sink_logit.expand(top.shape) - top)
         for x in weights:
             total = total + row_sum(x)
-        inverse = 1.0 / total
+        total = at_least(total, DENOMINATOR)
+        # Paddle's exp of a masked score is 3e-39 on a CPU, which only queries without keys would show
+        inverse = (best > LOWEST_TOP).astype(total.dtype) / total
         values = paddle.add_n([part.weigh(x) for part, x in zip(parts, weights, strict=True)])
         outs.append(values * inverse.expand(values.shape))
         lses.append(top + paddle.log(total))
@@ -150,8 +152,9 @@ def paddle_sparse_attention(
                 dq.append(part.gradient(p, ds, q[:, rows], dout[:, rows]))
             dqs.append(paddle.add_n(dq))
         dquery = (_join(dqs)[:, :s] * scale).transpose([1, 0, 2, 3]).astype(query.dtype)
-        dkv = near_keys_backward(segments[0].dkeys, kv, s, window)
-        dcompressed = tuple(segment.dkeys.transpose([1, 0, 2]).astype(compressed.dtype) for segment in segments[1:])
+        near, far = segments[: bool(window)], segments[bool(window) :]
+        dkv = near_keys_backward(near[0].dkeys, kv, s, window) if near else paddle.zeros_like(kv)
+        dcompressed = tuple(segment.dkeys.transpose([1, 0, 2]).astype(compressed.dtype) for segment in far)
         dselected = (None,) if selected is not None else ()
         return dquery, dkv, *dcompressed, *dselected, dsink.astype(sink.dtype)
 
@@ -180,12 +183,15 @@ def plain_sparse_attention(
     mask = ((distance < 0) | (distance >= window)).astype(dtype).unsqueeze(0) * NEVER
     if compressed is not None:
         entries = batch_first(compressed)
-        visible = selection_mask(selected, s, entries.shape[1], ratio, offset, dtype)
-        mask = paddle.concat([mask.expand([visible.shape[0], -1, -1]), visible], -1)
+        far = selection_mask(selected, s, entries.shape[1], ratio, offset, dtype)
+        mask = paddle.concat([mask.expand([far.shape[0], -1, -1]), far], -1)
         keys = paddle.concat([keys, entries], 1)
+    visible = mask == 0
+    keys = paddle.where(visible.any(1).unsqueeze(-1), keys, paddle.zeros_like(keys))  # what nobody sees is not read
     scores = paddle.einsum("bshd,btd->bsht", q, keys) * scale + mask.unsqueeze(2)
     with_sink = paddle.concat([scores, widen(sink).reshape([1, 1, heads, 1]).expand([b, s, heads, 1])], -1)
     p = F.softmax(with_sink, -1)[..., :-1]
+    p = p * visible.astype(dtype).unsqueeze(2)  # Paddle's CPU softmax gives masked keys exp(-64), not zero
     out = paddle.einsum("bsht,btd->bshd", p, keys)
     return out.transpose([1, 0, 2, 3]).reshape([s, b, heads * d]).astype(query.dtype)
 
@@ -198,9 +204,11 @@ def index_list(K, s, batch, window, ratio, groups, selected, offset, length, lik
     The order of this list is the order of summation in the reference's attention (spec 8.1).
     """
     row = K.arange(length - s, length, dtype="int64", like=like).unsqueeze(1)
-    near = K.clamp(row - window + 1, 0, None) + K.arange(window, dtype="int64", like=like).unsqueeze(0)
-    near = K.where(near > row, K.full([1], -1, "int64", like=like), near)
-    lists = [near.unsqueeze(0).expand([batch, s, window])]
+    lists = []
+    if window:
+        near = K.clamp(row - window + 1, 0, None) + K.arange(window, dtype="int64", like=like).unsqueeze(0)
+        near = K.where(near > row, K.full([1], -1, "int64", like=like), near)
+        lists.append(near.unsqueeze(0).expand([batch, s, window]))
     if groups and selected is None:
         entry = K.arange(groups, dtype="int64", like=like).unsqueeze(0)
         complete = (row + (offset + s - length + 1)) // ratio
@@ -222,12 +230,12 @@ def megatron_sparse_attention(K, query, kv, compressed, selected, sink, window, 
     base = K.arange(b, dtype="int64", like=query).reshape([b, 1, 1]) * total
     index = K.where(index >= 0, index + base, index).reshape([b * s, -1])
     q = K.wide(K.permute(query, 1, 0, 2, 3).reshape([b * s, heads, d]))
-    gathered = K.wide(K.shared_rows(K.permute(keys, 1, 0, 2).reshape([b * total, d]), K.clamp(index, 0, None)))
+    gathered = K.wide(K.shared_rows(K.permute(keys, 1, 0, 2).reshape([b * total, d]), index))
     scores = K.einsum("inh,ikh->ink", q, gathered) * scale
     scores = K.masked_fill(scores, (index < 0).unsqueeze(1), float("-inf"))
     sink = K.wide(sink).reshape([1, heads, 1])
-    top = K.maximum(K.max(scores, -1, keepdim=True), sink)
+    top = K.clamp(K.maximum(K.max(scores, -1, keepdim=True), sink), LOWEST_TOP, None)
     e, e_sink = K.exp(scores - top), K.exp(sink - top)
-    weight = e / (K.sum(e, -1, keepdim=True) + e_sink)
+    weight = e / K.clamp(K.sum(e, -1, keepdim=True) + e_sink, DENOMINATOR, None)
     out = K.cast(K.einsum("ink,ikh->inh", weight, gathered), K.dtype(query))
     return K.contiguous(K.permute(out.reshape([b, s, heads * d]), 1, 0, 2))

@@ -6,12 +6,10 @@ memory, into a folder under our names (:func:`save_merged`), which `paddledsv4 c
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import paddle
 from paddle import Tensor, nn
 
 from paddledsv4.config import LoraConfig
@@ -22,15 +20,12 @@ from paddledsv4.sft.adapter import PREFIX, SavedAdapter, product
 from paddledsv4.sft.lora import adapters
 from paddledsv4.weights import bfloat16, mxfp4, storage
 from paddledsv4.weights.convert import Conversion
+from paddledsv4.weights.from_checkpoint import DTYPES
 from paddledsv4.weights.load import named_tensors
 from paddledsv4.weights.names import Atom
+from paddledsv4.weights.save import write_model
 from paddledsv4.weights.storage import PACKED, Storage
-from paddledsv4.weights.writer import Entry, Folder, shards
-
-DTYPES = {
-    paddle.float64: "F64", paddle.float32: "F32", paddle.bfloat16: "BF16", paddle.int64: "I64", paddle.int32: "I32",
-}  # fmt: skip
-LIMIT = 5 * 10**9  # bytes of a file
+from paddledsv4.weights.writer import Entry
 
 
 def _layer(name: str) -> str:
@@ -90,10 +85,9 @@ class MergedConversion(Conversion):
 class MergedModel:
     """The full weights of a model that has adapters, and all of it on this rank; one is unpacked at a time."""
 
-
     def __init__(self, model: nn.Layer, config: LoraConfig):
         self.config, self.packed, self.adapters = config, packed_weights(model), adapters(model)
-        self.dtype = DTYPES[model.embedding.word_embeddings.weight.dtype]
+        self.dtype = DTYPES[model.embedding.word_embeddings.weight.dtype][0]
         self.tensors = {
             name: tensor for name, tensor in named_tensors(model).items()
             if ".lora_" not in name and not name.endswith(".weight_scale")
@@ -117,7 +111,7 @@ class MergedModel:
 
     def _entry(self, name: str, tensor: Tensor) -> Entry:
         packed = _layer(name) in self.packed
-        dtype = self.dtype if packed else DTYPES[tensor.dtype]
+        dtype = self.dtype if packed else DTYPES[tensor.dtype][0]
         shape = (tensor.shape[0], 2 * tensor.shape[1]) if packed else tuple(tensor.shape)
         return Entry(name, dtype, shape, lambda: [storage.encode(self.values(name), Storage(dtype))[0]])
 
@@ -128,16 +122,4 @@ def save_merged(model: nn.Layer, config: LoraConfig, folder: Path) -> None:
     Raises:
         UserError: ``folder`` exists or cannot be written. Nothing is left then.
     """
-    entries = MergedModel(model, config).entries()
-    files, target = shards(entries, LIMIT), Folder(folder, {"merged": str(folder)})
-    try:
-        target.check_space(sum(entry.size for entry in entries))
-        for file, group in files.items():
-            target.write(file, group, lambda size: None)
-        target.write_index(files)
-        values = {k: v for k, v in model.config.model_dump(mode="json").items() if v is not None}
-        target.finish_text("config.json", json.dumps(values, indent=2) + "\n")
-        target.publish()
-    except Exception:
-        target.discard()
-        raise
+    write_model(folder, MergedModel(model, config).entries(), model.config)

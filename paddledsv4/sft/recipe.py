@@ -80,4 +80,6 @@ class SftRecipe(BaseRecipe):
         paths = ("file", "evaluation", "tokenizer")
         named = {name: getattr(self.data, name) for name in paths}
         here = {name: str((folder / path).resolve()) for name, path in named.items() if path is not None}
+        if self.data.evaluation is not None:
+            here["held_out"] = 0.0  # as it is, so that the recipe can be written and read again
         return super().located(folder).model_copy(update={"data": self.data.model_copy(update=here)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,20 +72,26 @@ class RowFile:
                     yield RawRow(number, line, len(line))
 
     def _parquet(self) -> Iterator[RawRow]:
-        number = 0
-        for batch in self._open_parquet().iter_batches(batch_size=PARQUET_BATCH):
-            for row in batch.to_pylist():
+        number, batches = 0, self._open_parquet().iter_batches(batch_size=PARQUET_BATCH)
+        while rows := self._readable(lambda: next((batch.to_pylist() for batch in batches), [])):
+            for row in rows:
                 number += 1
                 yield RawRow(number, row, 1)
 
     def _open_parquet(self):
-        import pyarrow
         import pyarrow.parquet
 
+        return self._readable(lambda: pyarrow.parquet.ParquetFile(self.path))
+
+    def _readable(self, action: Callable[[], Any]) -> Any:
+        """What the action gives, or that the file is damaged; text that is no UTF-8 is a ValueError."""
+        import pyarrow
+
         try:
-            return pyarrow.parquet.ParquetFile(self.path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise UserError(f"{str(self.path)!r}: is not a readable .parquet file ({error})") from None
+            return action()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            what = " ".join(str(error).split())[:200]
+            raise UserError(f"{str(self.path)!r}: is not a readable .parquet file ({what})") from None
 
 
 def conversation(payload: bytes | Mapping[str, Any]) -> Conversation:

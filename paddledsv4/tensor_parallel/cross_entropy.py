@@ -12,17 +12,16 @@ import paddle
 from paddle import Tensor
 
 from paddledsv4.distributed.group import Group
-from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.megatron import megatron_order
-from paddledsv4.numerics.registry import Op
+from paddledsv4.numerics.registry import follower
 from paddledsv4.ops.precision import widen
 from paddledsv4.ops.reduce import row_sum
 from paddledsv4.tensor_parallel.layers import own_ids
 from paddledsv4.transformer.build import Build
 
-vocab_parallel = Op("cross_entropy", "negative log-likelihood of the labels, by parts of the vocabulary", spec="11",
-                    outputs=("loss",), wide=("loss",))
+vocab_parallel = follower("vocab_parallel_cross_entropy", "cross entropy, by parts of the vocabulary", spec="11",
+                          follows="cross_entropy", outputs=("loss",), wide=("loss",))
 
 
 def cross_entropy(build: Build) -> Callable[[Tensor, Tensor], Tensor]:
@@ -30,10 +29,7 @@ def cross_entropy(build: Build) -> Callable[[Tensor, Tensor], Tensor]:
     group = build.groups.tensor
     if group.size == 1:
         return build.ops.cross_entropy
-    choice = build.policy.at(build.path)["cross_entropy"]
-    variant = vocab_parallel.variants.get(choice) or vocab_parallel.variants["paddle"]
-    function = variant.emulated if needs_emulation(build.dtype) else variant.function
-    return functools.partial(function, group=group)
+    return functools.partial(build.follow(vocab_parallel), group=group)
 
 
 @vocab_parallel.variant("paddle", "softmax kept for a hand-written backward")

@@ -55,12 +55,6 @@ def repeat(x: Tensor, group: Group):
 
 
 @differentiable
-def scatter_to(x: Tensor, group: Group):
-    """Whole [..., n] -> this rank's part [..., n / size]; gradients are joined."""
-    return _part(x, group, -1), lambda dy: (_joined(dy, group),)
-
-
-@differentiable
 def gather_from(x: Tensor, group: Group):
     """Part [..., n] -> whole [..., size * n]; of the whole gradient each keeps its part."""
     return _joined(x, group), lambda dy: (_part(dy, group, -1),)

@@ -130,8 +130,11 @@ def table_fingerprint(tokens: np.ndarray) -> str:
 def _read_npy(path: Path, vocab_size: int) -> np.ndarray:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"tokens = {str(path)!r}: is not a readable .npy file ({error})") from None
+    except Exception as error:  # whatever numpy's parser of headers lets through: TokenError, OverflowError, ...
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"tokens = {str(path)!r}: is not a readable .npy file ({what})") from None
+    if not isinstance(tokens, np.ndarray):
+        raise UserError(f"tokens = {str(path)!r}: is not an .npy file but an archive of several")
     if not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"tokens = {str(path)!r}: has dtype {tokens.dtype}, must hold integers")
     return tokens

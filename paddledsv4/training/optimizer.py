@@ -59,8 +59,13 @@ class Optimizer:
         moments = (paddle.zeros(parameter.shape, widen(parameter).dtype) for _ in range(2))
         return ParameterState(name, parameter, decay, widen(parameter.detach()), self.gradients[name], *moments)
 
+    @paddle.no_grad()
     def accumulate(self) -> None:
-        """Add the gradients of one microbatch to the main gradients and drop them."""
+        """Add the gradients of one microbatch to the main gradients and drop them.
+
+        Without autograd: some gradients that Paddle hands out ask for one themselves, and a main gradient that they
+        are added to would keep a node, and what it holds, of every microbatch of the run.
+        """
         for state in self.states:
             if state.parameter.grad is not None:
                 state.main_grad.add_(widen(state.parameter.grad))

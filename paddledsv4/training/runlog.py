@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from paddledsv4.errors import UserError
 
 if TYPE_CHECKING:
     from paddledsv4.training.step import StepResult
@@ -43,48 +46,73 @@ class RunLog:
     """``train.jsonl`` (a header, then a line per step, flushed at once) and ``loss.png`` in one folder.
 
     ``resumed``: the step that the run goes on after. The lines up to it stay if the folder has them, the header's
-    ``resumed_at`` lists all such steps, and what an interrupted run wrote beyond it is dropped.
+    ``resumed_at`` lists all such steps, and what an interrupted run wrote beyond it is dropped. A line that a kill cut
+    is never taken for a step. Nothing is kept in memory but the ``last`` record.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any], resumed: int | None = None):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path, self.picture = folder / "train.jsonl", folder / "loss.png"
-        self.records: list[dict[str, Any]] = []
+        self.last: dict[str, Any] | None = None
+        lines = _whole_lines(self.path) if resumed is not None else iter(())
         if resumed is not None:
-            earlier, records = read_log(self.path)
-            self.records = [record for record in records if record["step"] <= resumed]
-            header = header | {"resumed_at": [*earlier.get("resumed_at", []), resumed]}
+            header = header | {"resumed_at": [*next(lines, {}).get("run", {}).get("resumed_at", []), resumed]}
         fresh = self.path.with_suffix(".part")
-        self._file = fresh.open("w", encoding="utf-8")
-        for line in ({"run": header}, *self.records):
-            self._write(line)
-        fresh.replace(self.path)
+        with self._writable():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = fresh.open("w", encoding="utf-8")
+        self._write({"run": header})
+        for record in lines:
+            if (self.last or {"step": 0})["step"] < record["step"] <= resumed:
+                self._keep(record)
+        with self._writable():
+            fresh.replace(self.path)
 
     def write(self, result: StepResult) -> dict[str, Any]:
         """Append one step and return its record."""
-        self.records.append(step_record(result))
-        self._write(self.records[-1])
-        return self.records[-1]
+        self._keep(step_record(result))
+        return self.last
 
     def close(self) -> None:
         """Close the log and draw the picture, if there is a step to draw."""
         self._file.close()
-        if self.records:
-            draw_losses(self.records, self.picture)
+        if self.last:
+            draw_losses(read_log(self.path)[1], self.picture)
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self._write(record)
+        self.last = record
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._writable():
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
 
 
 def read_log(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and records of a log; nothing if there is none, up to the first line that is not whole otherwise."""
-    lines: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
-    header, *records = lines or [{}]
-    return header.get("run", {}), records
+    lines = _whole_lines(path)
+    return next(lines, {}).get("run", {}), list(lines)
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The header, then the records, as far as they are whole: none, if there is no log or its header is none."""
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError), path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            values = json.loads(line)
+            key, kind = ("step", int) if number else ("run", dict)
+            if not (line.endswith("\n") and isinstance(values, dict) and isinstance(values.get(key), kind)):
+                return
+            yield values
 
 
 def draw_losses(records: list[dict[str, Any]], path: Path) -> None:

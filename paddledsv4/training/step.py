@@ -62,11 +62,11 @@ def auxiliary_losses(train: TrainConfig) -> AuxiliaryLosses:
     )
 
 
-def microbatch_gradients(
+def microbatch_losses(
     model: DeepseekV4Model, auxiliary: AuxiliaryLosses, inputs: Tensor, labels: Tensor, loss_mask: Tensor,
     documents: WholeRows = WHOLE_ROWS,
-) -> tuple[Tensor, Tensor | None]:
-    """Forward and backward of one microbatch. Adds to every parameter's ``grad``; returns the mean losses.
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Forward of one microbatch: the main loss and that of every MTP depth to differentiate, and the mean losses.
 
     The main loss weighs ``seed``, the mean over MTP depths ``mtp_factor * seed``. With context parallelism a loss is a
     mean over this rank's own tokens times what it weighs in the whole: averaged over the ranks, losses and gradients
@@ -83,8 +83,18 @@ def microbatch_gradients(
     main, main_value = mean(losses.main, losses.main_mask, 1.0)
     factor = auxiliary.mtp_factor / max(len(losses.mtp), 1)
     mtp = [mean(loss, mask, factor) for loss, mask in zip(losses.mtp, losses.mtp_masks, strict=True)]
-    paddle.autograd.backward([main, *(loss for loss, _ in mtp)])
-    return main_value, paddle.add_n([value for _, value in mtp]) / len(mtp) if mtp else None
+    mtp_value = paddle.add_n([value for _, value in mtp]) / len(mtp) if mtp else None
+    return [main, *(loss for loss, _ in mtp)], main_value, mtp_value
+
+
+def microbatch_gradients(
+    model: DeepseekV4Model, auxiliary: AuxiliaryLosses, inputs: Tensor, labels: Tensor, loss_mask: Tensor,
+    documents: WholeRows = WHOLE_ROWS,
+) -> tuple[Tensor, Tensor | None]:
+    """Forward and backward of one microbatch. Adds to every parameter's ``grad``; returns the mean losses."""
+    losses, main, mtp = microbatch_losses(model, auxiliary, inputs, labels, loss_mask, documents)
+    paddle.autograd.backward(losses)
+    return main, mtp
 
 
 def train_step(

@@ -19,6 +19,7 @@ from paddledsv4.model import DTYPES, DeepseekV4Model
 from paddledsv4.moe.experts import local_experts
 from paddledsv4.moe.mxfp4 import with_packed_experts
 from paddledsv4.numerics.policy import Policy
+from paddledsv4.observe.steps import StepObserver
 from paddledsv4.sft.lora import attach
 from paddledsv4.training.data import Microbatch, Source, TokenTable, first_row, rows_per_step
 from paddledsv4.training.optimizer import Optimizer
@@ -87,7 +88,7 @@ class Trainer:
         with unset_parameters() if weights else contextlib.nullcontext():
             self.model = DeepseekV4Model(
                 model, policy, precision, groups, sequence_parallel, train.linear_cross_entropy,
-                train.expert_weight_format,
+                train.expert_weight_format, train.kv_qat, train.indexer_qat,
             )
         if weights:
             load_checkpoint(self.model, weights, groups)
@@ -101,6 +102,7 @@ class Trainer:
             attach(self.model, lora, train.seed)
         self.optimizer = Optimizer(self.model, train, groups, sequence_parallel)
         self.rows_skipped = 0
+        self.observers: list[StepObserver] = []
         if groups.world.size > 1:
             self.check_ranks()
 
@@ -132,11 +134,21 @@ class Trainer:
         for step in range(self.optimizer.step_count + 1, steps + 1):
             seed = np.random.SeedSequence([self.train_config.seed, step, self.groups.data.rank])
             paddle.seed(int(seed.generate_state(1)[0]))
-            yield train_step(
+            for observer in self.observers:
+                observer.begin_step(step)
+            result = train_step(
                 self.model, self.optimizer, self.train_config, step,
-                functools.partial(self.microbatch, step),
+                functools.partial(self._begin_microbatch, step),
                 learning_rate(self.train_config.optimizer, step, self.train_config.steps), self.groups,
             )
+            for observer in self.observers:
+                observer.end_step(result)
+            yield result
+
+    def _begin_microbatch(self, step: int, index: int) -> Microbatch:
+        for observer in self.observers:
+            observer.begin_microbatch(index)
+        return self.microbatch(step, index)
 
     def microbatch(self, step: int, index: int) -> Microbatch:
         """Microbatch ``index`` (from 0) of step ``step`` (from 1) of this rank."""

@@ -25,7 +25,9 @@ class CoreAttention(nn.Layer):
         self.ratio, self.window, self.scale = ratio, config.sliding_window, config.head_dim**-0.5
         heads = self.tensor.share(config.num_attention_heads, "num_attention_heads")
         self.attn_sink = constant([heads], build.wide_dtype, 0.0)
-        self.compressor = Compressor(build.at("compressor"), ratio, config.head_dim, rotary) if ratio else None
+        self.compressor = (
+            Compressor(build.at("compressor"), ratio, config.head_dim, rotary, build.quantize_kv) if ratio else None
+        )
         self.indexer = Indexer(build.at("indexer"), ratio, rotary) if ratio == 4 else None
 
     def compresses(self, length: int) -> bool:
@@ -71,7 +73,7 @@ class Attention(nn.Layer):
         self.head_dim, self.groups = config.head_dim, self.tensor.share(config.o_groups, "o_groups")
         self.eps = config.rms_norm_eps
         self.rotary = RotaryEmbedding.for_ratio(config, ratio)
-        self.rotary_dtype = build.wide_dtype
+        self.rotary_dtype, self.quantize_kv = build.wide_dtype, build.quantize_kv
         width, low_rank = config.num_attention_heads * self.head_dim, config.o_groups * config.o_lora_rank
         hidden, group = config.hidden_size, self.tensor.group
         normal = nn.initializer.Normal(0.0, config.initializer_range)
@@ -111,7 +113,7 @@ class Attention(nn.Layer):
         of one length -> [s, b, H, D]."""
         sequence = part.sequence
         cos, sin = sequence.local(*self.rotary.table(self.ops, sequence.whole, self.rotary_dtype))
-        query, kv = self.ops.rope(query, cos, sin), self.ops.rope(kv, cos, sin)
+        query, kv = self.ops.rope(query, cos, sin), self.quantize_kv(self.ops.rope(kv, cos, sin))
         kv = self.tensor.copy(sequence.with_previous(kv, self.core_attention.window - 1))
         x = x if self.core_attention.compresses(sequence.whole) else ()
         out = self.core_attention(query, kv, x, q_lora, part, losses)

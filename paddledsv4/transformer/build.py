@@ -18,6 +18,7 @@ from paddledsv4.distributed.group import ALONE, Group, Groups
 from paddledsv4.numerics.bfloat16 import needs_emulation
 from paddledsv4.numerics.policy import Policy
 from paddledsv4.numerics.registry import Op
+from paddledsv4.ops.fake_quantize import quantizer
 from paddledsv4.ops.precision import accumulate_dtype
 from paddledsv4.tensor_parallel.region import OneRank, region
 from paddledsv4.transformer.documents import WHOLE_ROWS, WholeRows
@@ -27,7 +28,8 @@ from paddledsv4.transformer.documents import WHOLE_ROWS, WholeRows
 class Build:
     """Config, numeric policy, parameter dtype and layout of ranks, with the path of the layer being built.
 
-    ``expert_weight_format``: "precision" or "mxfp4", see :mod:`paddledsv4.moe.mxfp4`.
+    ``expert_weight_format``: "precision" or "mxfp4", see :mod:`paddledsv4.moe.mxfp4`. ``kv_qat`` and ``indexer_qat``:
+    formats of :mod:`paddledsv4.ops.fake_quantize`, or "off".
     """
 
     config: ModelConfig
@@ -37,6 +39,8 @@ class Build:
     path: str = ""
     sequence_parallel: bool = False
     expert_weight_format: str = "precision"
+    kv_qat: str = "off"
+    indexer_qat: str = "off"
 
     def at(self, name: str) -> Build:
         """The same for the child ``name``."""
@@ -47,10 +51,20 @@ class Build:
         """The ops of this layer, resolved: ``ops.rms_norm(x, weight, eps)``."""
         return self.policy.ops(self.path, emulate_bfloat16=needs_emulation(self.dtype))
 
-    def follow(self, fused: Op, op: str) -> Callable:
-        """The function of an op outside the table that goes with this layer's choice for ``op``."""
-        chosen = fused.variants.get(self.policy.at(self.path)[op], fused.variants["paddle"])
+    def follow(self, op: Op) -> Callable:
+        """The function of an op outside the table for this layer."""
+        chosen = self.policy.follower(op, self.path)
         return (needs_emulation(self.dtype) and chosen.emulated) or chosen.function
+
+    @property
+    def quantize_kv(self) -> Callable[[Tensor], Tensor]:
+        """What keys and values [..., head_dim] become when they are cached; their rotary dimensions stay."""
+        return quantizer(self.kv_qat, kept=self.config.qk_rope_head_dim)
+
+    @property
+    def quantize_index(self) -> Callable[[Tensor], Tensor]:
+        """What the indexer's queries and keys [..., index_head_dim] become."""
+        return quantizer(self.indexer_qat)
 
     @property
     def tensor(self) -> OneRank:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from paddle import Tensor, nn
 
 from paddledsv4.distributed.context_parallel import SequenceSlice
+from paddledsv4.ops.fake_quantize import unchanged
 from paddledsv4.transformer.build import Build, constant
 from paddledsv4.transformer.linear import Linear
 from paddledsv4.transformer.norm import RMSNorm
@@ -14,12 +17,15 @@ from paddledsv4.transformer.rotary import RotaryEmbedding
 class Compressor(nn.Layer):
     """a [s, b, C] -> entries [S // ratio, b, head_dim], normalised and rotated to their group's first position.
 
-    s tokens of this rank, S of the sequence, whose entries every rank gets.
+    s tokens of this rank, S of the sequence, whose entries every rank gets. ``quantize``: the last thing done to them.
     """
 
-    def __init__(self, build: Build, ratio: int, head_dim: int, rotary: RotaryEmbedding):
+    def __init__(
+        self, build: Build, ratio: int, head_dim: int, rotary: RotaryEmbedding,
+        quantize: Callable[[Tensor], Tensor] = unchanged,
+    ):
         super().__init__()
-        self.ops = build.ops
+        self.ops, self.quantize = build.ops, quantize
         self.ratio, self.overlap, self.rotary = ratio, ratio == 4, rotary
         self.rotary_dtype = build.wide_dtype
         width = head_dim * (2 if self.overlap else 1)
@@ -35,4 +41,4 @@ class Compressor(nn.Layer):
         pooled = self.ops.compress(kv, gate, self.ape, ratio=self.ratio, overlap=self.overlap)
         made = self.norm(pooled.astype(x_kv.dtype))
         cos, sin = entries.local(*self.rotary.table(self.ops, entries.whole, self.rotary_dtype, stride=self.ratio))
-        return entries.gather(self.ops.rope(made, cos, sin))
+        return entries.gather(self.quantize(self.ops.rope(made, cos, sin)))

@@ -16,7 +16,7 @@ class Indexer(nn.Layer):
 
     def __init__(self, build: Build, ratio: int, rotary: RotaryEmbedding):
         super().__init__()
-        self.ops = build.ops
+        self.ops, self.quantize = build.ops, build.quantize_index
         config = build.config
         self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.ratio, self.rotary, self.rotary_dtype = ratio, rotary, build.wide_dtype
@@ -33,8 +33,8 @@ class Indexer(nn.Layer):
         s, b, _ = x.shape
         cos, sin = sequence.local(*self.rotary.table(self.ops, sequence.whole, self.rotary_dtype))
         query = self.linear_wq_b(q_lora).reshape([s, b, self.heads, self.head_dim])
-        query = self.ops.hadamard(self.ops.rope(query, cos, sin))
-        key = self.ops.hadamard(self.compressor(x, x, sequence))
+        query = self.quantize(self.ops.hadamard(self.ops.rope(query, cos, sin)))
+        key = self.quantize(self.ops.hadamard(self.compressor(x, x, sequence)))
         weights = self.ops.indexer_weights(self.linear_weights_proj(x), self.heads)
         scores = self.ops.indexer_score(query, key, weights)
         return scores, self.ops.indexer_topk(scores.detach(), self.topk, self.ratio, offset=sequence.start)

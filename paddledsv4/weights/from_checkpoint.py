@@ -153,7 +153,9 @@ class _Reader:
 
 
 def _memory(tensor: Tensor) -> np.ndarray | None:
-    """The memory of a tensor on a CPU, as flat integers of the size of its elements; None if it is elsewhere."""
+    """The memory of a tensor on a CPU, as flat integers of the size of its elements; None if it is elsewhere, or numpy
+    is older than 2, which lends memory for reading only."""
     if not tensor.place.is_cpu_place() or not tensor.is_contiguous():
         return None
-    return np.from_dlpack(tensor.detach().view(DTYPES[tensor.dtype][1])).reshape(-1)
+    memory = np.from_dlpack(tensor.detach().view(DTYPES[tensor.dtype][1])).reshape(-1)
+    return memory if memory.flags.writeable else None

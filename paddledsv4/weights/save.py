@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from paddledsv4.config import ModelConfig
 from paddledsv4.distributed.group import ALONE, Groups
 from paddledsv4.errors import UserError
 from paddledsv4.model import DeepseekV4Model
@@ -40,12 +41,17 @@ def save_model(model: DeepseekV4Model, target: Path, groups: Groups = ALONE, als
         for name, tensor in tensors.items()
     ]
     if groups.world.rank == 0:
-        _write(model, target, entries, also)
+        write_model(target, entries, model.config, also)
     return sum(entry.size for entry in entries)
 
 
-def _write(model: DeepseekV4Model, target: Path, entries: list[Entry], also: tuple[Path, ...]) -> None:
-    config = {"model_type": "deepseek_v4"} | model.config.model_dump(mode="json")
+def write_model(target: Path, entries: list[Entry], model: ModelConfig, also: tuple[Path, ...] = ()) -> None:
+    """Write tensors, their index, config.json and copies of the small text files ``also`` into a new folder.
+
+    Raises:
+        UserError: ``target`` exists or cannot be written. Nothing is left then.
+    """
+    config = {"model_type": "deepseek_v4"} | model.model_dump(mode="json")
     files, folder = shards(entries, LARGEST), Folder(target, {"config": config})
     try:
         folder.check_space(sum(entry.size for entry in entries))

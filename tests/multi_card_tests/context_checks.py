@@ -139,6 +139,19 @@ def assert_close_gradients(one: FirstStep, many: FirstStep, relative: float, abs
         assert error <= relative * norm + absolute * total, f"{name}: {error / norm} of {norm / total} of the whole"
 
 
+def check_slices_with_rounded_caches(groups: Groups) -> None:
+    """Keys and values in FP8 and the indexer's in FP4: every bit of the log-probabilities in the torch preset, every
+    gradient in float64."""
+    rounded = SHORT | {"kv_qat": "ue8m0", "indexer_qat": "fp4"}
+    vectors = rounded | {"micro_batch_size": 4}
+    bits = first_step("torch", "fp32", *slices_only(groups), **vectors)
+    many = first_step("paddle", "fp64", *slices_only(groups), **rounded)
+    if groups.world.rank == 0:
+        assert largest_difference(whole_step("torch", "fp32", **vectors), bits) == 0.0
+        assert largest_difference(whole_step("paddle", "fp64", **SHORT), many) > 1e-6
+        assert_close_gradients(whole_step("paddle", "fp64", **rounded), many, 1e-9, 1e-13)
+
+
 def check_training_on_slices_is_training(groups: Groups) -> None:
     """Slices alone, with data parallelism, and with experts on the ranks that share a sequence: losses, norms, weights
     and expert biases after two steps in float64."""

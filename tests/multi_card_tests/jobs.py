@@ -24,6 +24,7 @@ prepare_host(bitwise=True)
 
 import context_checks  # noqa: E402
 import lora_checks  # noqa: E402
+import metrics_checks  # noqa: E402
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 import tensor_checks  # noqa: E402
@@ -281,7 +282,7 @@ def refused(says: str, function: Callable) -> None:
     raise AssertionError("nothing was refused")
 
 
-EVERYWHERE = globals() | vars(context_checks) | vars(lora_checks) | vars(tensor_checks)
+EVERYWHERE = globals() | vars(context_checks) | vars(lora_checks) | vars(metrics_checks) | vars(tensor_checks)
 CHECKS = {name: function for name, function in EVERYWHERE.items() if name.startswith("check_")}
 
 

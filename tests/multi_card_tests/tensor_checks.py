@@ -59,7 +59,6 @@ def check_mappings(groups: Groups) -> None:
         "copy_to": (whole, whole, mine, total),
         "reduce_from": (mine, total, whole, whole),
         "repeat": (whole, whole, whole, whole / n),
-        "scatter_to": (whole, columns, columns, whole),
         "gather_from": (columns, whole, whole, columns),
         "gather_sequence": (rows, whole, mine, np.split(total, n)[rank]),
         "gather_sequence_repeated": (rows, whole, whole, rows),

@@ -9,7 +9,7 @@ from ranks import HERE, run_ranks
 
 NAMES = [
     node.name
-    for file in ("jobs.py", "context_checks.py", "lora_checks.py", "tensor_checks.py")
+    for file in ("jobs.py", "context_checks.py", "lora_checks.py", "metrics_checks.py", "tensor_checks.py")
     for node in ast.parse((HERE / file).read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]

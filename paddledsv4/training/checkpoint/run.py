@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def checkpointing(
-    trainer: Trainer, config: CheckpointConfig, source: str | None = None, force: bool = False
+    trainer: Trainer, config: CheckpointConfig, source: str | None = None, force: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Iterator[StepResult], list[str]]]:
     """The results of ``trainer``'s steps, saved and resumed as asked, and what a person should know, in sentences.
 
     Args:
         source: what to resume from: an iter_N, a folder of them, or "auto", the latest of ``config.dir`` if it has one.
         force: also from a checkpoint of another configuration.
+        stop: asked before the first step and after each, on all ranks; True ends the run, which saves once more.
 
     Raises:
         UserError: see :func:`resume` and :class:`Checkpoints`.
@@ -41,7 +43,13 @@ def checkpointing(
         if step >= steps:
             notes.append(f"nothing is left to do: the run ends with step {steps}")
     if config.dir is None:
-        yield trainer.train(steps), notes
+        yield until(stop, trainer.train(steps)), notes
         return
     with Checkpoints(config, trainer.groups, base) as checkpoints:
-        yield checkpoints.saving(trainer, steps), notes
+        yield checkpoints.saving(trainer, steps, stop), notes
+
+
+def until(stop: Callable[[], bool], results: Iterator[StepResult]) -> Iterator[StepResult]:
+    """The results up to the first after which ``stop`` says so."""
+    while not stop() and (result := next(results, None)) is not None:
+        yield result

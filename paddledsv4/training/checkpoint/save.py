@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ class Checkpoints:
         if steps and self.base not in steps:
             raise UserError(
                 f"{self.directory.path} holds {self.directory.name(steps[-1])} of another run: go on from it with "
-                "--resume auto, or --save to another folder"
+                "--resume auto, or choose another --out or --save"
             )
         try:
             self.directory.path.mkdir(parents=True, exist_ok=True)
@@ -67,26 +67,38 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.directory.path}: cannot be written ({error.strerror})") from None
 
-    def saving(self, trainer: Trainer, steps: int) -> Iterator[StepResult]:
-        """``trainer.train(steps)`` that saves: after whoever takes the results has dealt with the step's."""
+    def saving(self, trainer: Trainer, steps: int, stop: Callable[[], bool] = lambda: False) -> Iterator[StepResult]:
+        """``trainer.train(steps)`` that saves: after whoever takes the results has dealt with the step's.
+
+        ``stop`` is asked before the first step and after each, on all ranks alike; True ends the run there.
+        """
+        if stop():
+            return
         for result in trainer.train(steps):
             yield result
-            self.after_step(trainer, last=result.step == steps)
+            stopped = stop()
+            self.after_step(trainer, last=result.step == steps, stopped=stopped)
+            if stopped:
+                return
 
-    def after_step(self, trainer: Trainer, last: bool = False) -> None:
-        """Save if it is time to. ``last``: the run ends here, so whatever is being written is waited for.
+    def after_step(self, trainer: Trainer, last: bool = False, stopped: bool = False) -> None:
+        """Save if it is time to. Whatever is being written is waited for where the run ends.
+
+        ``last``: the run is finished, which is saved if ``save_interval`` is given; ``stopped``: it ends before, which
+        is always saved.
 
         Raises:
             UserError: a checkpoint could not be written, this one or one before.
         """
         self.steps_here += 1
-        step, config = trainer.optimizer.step_count, self.config
+        step, interval = trainer.optimizer.step_count, self.config.save_interval
         if self._writing and self._writing.done():
             self._writing.result()  # raises what the thread raised
-        warmup = config.warmup_save and self.steps_here == 1
-        if (warmup or last or step % config.save_interval == 0) and step != self.saved:
-            self.save(trainer, background=config.asynchronous and not warmup)
-        if last:
+        warmup = self.config.warmup_save and self.steps_here == 1
+        due = interval is not None and (last or step % interval == 0)
+        if (warmup or stopped or due) and step != self.saved:
+            self.save(trainer, background=self.config.asynchronous and not warmup)
+        if last or stopped:
             self.wait()
 
     def save(self, trainer: Trainer, background: bool) -> None:

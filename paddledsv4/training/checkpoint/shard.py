@@ -124,9 +124,14 @@ class ShardFile:
         sizes = ("shape", "global_shape", "offset")
         pieces = [Piece(**entry | {key: tuple(entry[key]) for key in sizes}) for entry in entries]
         self.pieces = {piece.name: piece for piece in pieces}
+        for piece in pieces:
+            if not len(piece.shape) == len(piece.global_shape) == len(piece.offset):
+                raise UserError(f"{self.path}: the list of its tensors is damaged: {piece.name} has no one place")
         start = header(pieces)
         self.begins = {piece.name: len(start) + begin for piece, begin, _ in places(pieces)}
         self._check_size(record["bytes"])
+        if len(start) + sum(piece.bytes for piece in pieces) != record["bytes"]:
+            raise UserError(f"{self.path}: the list of its tensors is damaged: they do not add up to its size")
         if self._read(0, len(start)).tobytes() != start:
             raise UserError(f"{self.path}: the header is damaged: it does not list the tensors that were written")
 

@@ -80,6 +80,7 @@ _ATTENTION = (
     Traced("core.query", _arg(_CORE, "sparse_attention", 0), _arg(_CORE, None, 0)),
     Traced("core.key", _arg(_CORE, "sparse_attention", 1), _arg(_CORE, None, 1)),
     Traced("core.out", _out(_CORE, "sparse_attention"), _out(_CORE)),
+    Traced("grouped_o.in", _arg("", "grouped_linear", 0), None),
     Traced("grouped_o.out", _out("", "grouped_linear"), _arg("linear_proj")),
     _same("out", _out()),
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from align.cli import app
 from align.losslog import loss_md5, loss_text
 from paddledsv4.errors import UserError
 from paddledsv4.numerics.policy import Policy
+from paddledsv4.training.trainer import Trainer
 
 TO = Policy.preset("megatron")
 OPS = sorted(TO.choices)
@@ -115,6 +117,19 @@ def test_a_variant_that_fails_is_an_outcome(recorded):
     policy = SimpleNamespace(ops=lambda *_, **__: SimpleNamespace(**dict.fromkeys(OPS, fails)), check_layers=set)
     outcome = trial.run(policy)
     assert outcome.error == "RuntimeError: no such kernel" and not outcome.equal and outcome.same(()) is False
+
+
+def test_equal_losses_with_a_gradient_that_is_nan_are_not_equal(recorded, monkeypatch):
+    """The weights are NaN then, with one MD5 on both sides."""
+    trial = Trial(load_bundle(recorded), 2, "fp32")
+    policy = Policy.preset("megatron")
+    assert trial.run(policy).equal
+    train = Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda *a, **k: (replace(result, grad_norm=float("nan")) for result in train(*a, **k))
+    )
+    outcome = trial.run(policy)
+    assert outcome.error == "the gradient norm of step 1 is nan" and outcome.same(()) is False
 
 
 # ---- the plan, with a trial that does not train

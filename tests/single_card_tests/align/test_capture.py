@@ -166,7 +166,7 @@ def test_an_interrupt_leaves_nothing(align, bundle, tmp_path, monkeypatch):
 
 def test_margins():
     scores = np.array([[4.0, 1, 3, 2], [1, 1, 1, 1], [5, -np.inf, -np.inf, -np.inf], [5, 2, np.nan, 1]])
-    np.testing.assert_array_equal(margins(scores, 2), np.array([1, 0, np.inf, np.nan], np.float32))
+    assert np.array_equal(margins(scores, 2), np.array([1, 0, np.inf, np.nan], np.float32), equal_nan=True)
     assert np.isinf(margins(scores, 4)).all()
     assert summary(margins(scores, 2)) | {"below": 0} == {
         "tokens": 3,

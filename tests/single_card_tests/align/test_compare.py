@@ -90,6 +90,14 @@ def test_nan_never_matches(tmp_path):
     assert "max_main_abs_diff=nan max_main_ulp=nan" in result.render() and result.exit_code == 1
 
 
+@pytest.mark.parametrize(("norm", "told"), [(1.5, "equal MD5s"), (float("nan"), "not compared, a gradient norm is")])
+def test_weights_that_are_nan_are_not_called_equal(tmp_path, norm, told):
+    lines = [{"step": 1, "grad_norm": norm}, {"final_weights_md5": "0" * 32}]
+    logs = [log_of(tmp_path / f"{name}.jsonl", entry(1, 0, 0), *lines) for name in "ab"]
+    notes = compare_logs(*logs).render()
+    assert f"final weights: {told}" in notes and ("1 of 1 equal" in notes) == (told == "equal MD5s")
+
+
 @pytest.mark.parametrize("piece", [1, 2])
 def test_nan_is_not_hidden_by_other_differences(tmp_path, monkeypatch, piece):
     monkeypatch.setattr("align.compare.PIECE", piece)

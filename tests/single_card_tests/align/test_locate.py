@@ -1,6 +1,8 @@
 """align locate: planted bugs are named, clean runs raise no alarm. The whole suite is slow; its table is in docs."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -69,14 +71,59 @@ def test_nan_and_shapes_never_pass():
     noise = Noise(rms=1.0, peak=1.0, scale=1.0)
     for ours in (tensor([1.0, float("nan")]), tensor([1.0]), tensor([1.0, float("inf")]), None):
         assert noise.excess(Error.of(ours, tensor([1.0, 2.0])), 2.0**-24) > 0.9
-    assert Error.of(tensor([1.0, float("nan")]), tensor([1.0, float("nan")])).equal == 1.0
+    both = Error.of(tensor([1.0, float("nan")]), tensor([1.0, float("nan")]))
+    assert both.equal == 0.5 and np.isinf(noise.excess(both, 0.0))
+    assert "not finite" in describe(None, None, both, np.inf)
     assert np.isinf(noise.excess(Error.of(tensor([float("nan")]), tensor([1.0])), 0.0))
+
+
+def test_a_variant_that_gives_nan_excuses_no_other():
+    """Such a variant was a legal computation too, once, and every other NaN lay within its noise."""
+    reference, spoilt = tensor([1.0, 2.0]), Error.of(tensor([1.0, float("nan")]), tensor([1.0, 2.0]))
+    noise = Noise()
+    noise.add(spoilt)
+    assert np.isinf(noise.excess(spoilt, 2.0**-24))
+    choices = Error.of(paddle.to_tensor([1, 3]), paddle.to_tensor([1, 2]))
+    noise.add(choices)
+    assert noise.excess(choices, 0.0) == 0.0 and np.isinf(noise.excess(spoilt, 0.0))
+    assert noise.excess(Error.of(reference, reference), 0.0) == 0.0
+
+
+def test_a_traced_nan_is_no_match(tmp_path, monkeypatch):
+    from align.bundle import load_bundle
+    from align.hashing import tensor_md5
+    from align.locate import trace_check
+
+    class Traced:
+        forward = {"logits": np.array([1.0, np.nan], np.float32), "embedding.out": np.ones(2, np.float32)}
+        gradients = {}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    bundle = load_bundle("tiny-fp32")
+    (tmp_path / "trace").mkdir()
+    described = {name: [[2], "torch.float32", tensor_md5(x)] for name, x in Traced.forward.items()}
+    (tmp_path / "trace" / "forward.json").write_text(json.dumps(described))
+    (tmp_path / "trace" / "activation_grads.json").write_text("{}")
+    monkeypatch.setattr(trace_check, "Tracer", lambda model: Traced())
+    monkeypatch.setattr(trace_check, "microbatch_gradients", lambda *arguments: None)
+    monkeypatch.setattr(trace_check, "taps_of", lambda model: [])
+    trainer = SimpleNamespace(model=None, parallel=bundle.parallel, precision="fp32")
+    check = trace_check.check_trace(replace(bundle, path=tmp_path), trainer)
+    assert (check.compared, check.equal, check.first) == (2, 1, "forward logits")
 
 
 def test_equal_bits():
     assert same_bits(tensor([1.0]), tensor([1.0])) and not same_bits(tensor([0.0]), tensor([-0.0]))
     assert not same_bits(tensor([1.0]), tensor([1.0], "float64")) and not same_bits(tensor([1.0]), 1.0)
     assert same_bits([tensor([1.0]), 2], [tensor([1.0]), 2]) and not same_bits([1], [1, 1])
+    nan = float("nan")
+    assert not same_bits(tensor([1.0, nan]), tensor([1.0, nan])) and not same_bits(nan, nan)
+    assert not same_bits(tensor([nan], "bfloat16"), tensor([nan], "bfloat16"))
 
 
 def test_a_small_bias_shows_among_larger_roundings():

@@ -169,8 +169,8 @@ def previous_group_of_the_neighbour(x, fill):
 
 
 def entries_of_the_neighbour(self):
-    b, g, _ = self.keys.shape
-    return (self.index.clip(min=0) + paddle.arange(b).roll(1).reshape([b, 1, 1]).astype("int32") * g).reshape([-1])
+    b, rows, _ = self.padded.shape
+    return (self.index + 1 + paddle.arange(b).roll(1).reshape([b, 1, 1]).astype("int32") * rows).reshape([-1])
 
 
 def window_of_the_neighbour(kv, queries, window):

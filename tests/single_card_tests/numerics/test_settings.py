@@ -1,10 +1,12 @@
-"""The scale of the indexer's loss: by recipe, by environment, in the table."""
+"""Numeric choices that are no op: by recipe, by environment, in the table."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from reference import ROOT, TINY, tiny_configs
+from sft_runs import sft_recipe
 
 from align.bundle import load_bundle
 from paddledsv4.cli import main
@@ -51,24 +53,54 @@ def test_it_has_a_row(capsys, monkeypatch):
     monkeypatch.setenv(VARIABLE, "per_microbatch")
     printed = numerics(capsys)
     assert VARIABLE in printed and "→ per_microbatch: 1 / number of microbatches" in printed
-    [row] = json.loads(numerics(capsys, "--json"))["settings"]
-    assert row["op"] == "indexer_loss_scale" and row["active"] == "per_microbatch"
+    active = {row["op"]: row["active"] for row in json.loads(numerics(capsys, "--json"))["settings"]}
+    assert active == {"indexer_loss_scale": "per_microbatch", "kv_qat": "off", "indexer_qat": "off"}
+    monkeypatch.setenv("PADDLEDSV4_KV_QAT", "ue8m0")
+    assert "→ ue8m0: e4m3 over blocks of 64" in numerics(capsys)
     assert f"| `{VARIABLE}` | **megatron**" in numerics(capsys, "--markdown")
     monkeypatch.setenv(VARIABLE, "half")
     assert numerics(capsys).startswith(f"error: environment variable {VARIABLE} = 'half'")
 
 
-def test_bundles_and_recipes_are_trained_with_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv(VARIABLE, "per_microbatch")
-    assert load_bundle(str(TINY)).training.indexer_loss_scale == "per_microbatch"
+EVERY = {"indexer_loss_scale": "per_microbatch", "kv_qat": "fp32_scale", "indexer_qat": "fp4"}
+
+
+def run(capsys, *words: str) -> dict:
+    """The training section in the log of a run that ends well; its folder stands last."""
+    with pytest.raises(SystemExit) as ended:
+        main([*words])
+    assert ended.value.code == 0, capsys.readouterr().err
+    return json.loads((Path(words[-1]) / "train.jsonl").read_text().splitlines()[0])["run"]["training"]
+
+
+def test_bundles_and_recipes_are_trained_with_all_of_them(monkeypatch, tmp_path, capsys):
+    assert set(EVERY) == {setting.name for setting in SETTINGS}
+    for setting in SETTINGS:
+        assert EVERY[setting.name] != setting.default
+        monkeypatch.setenv(setting.environment_variable, EVERY[setting.name])
+    bundle = load_bundle(str(TINY)).training
+    assert {name: getattr(bundle, name) for name in EVERY} == EVERY
     recipe = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     recipe["training"] |= {"sequence_length": 8, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
     recipe["data"]["tokens"] = "tokens.bin"
     (tmp_path / "tokens.bin").write_bytes(bytes(200))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     words = ["train", "--config", str(tmp_path / "recipe.yaml"), "--steps", "1", "--out", str(tmp_path / "out")]
+    assert run(capsys, *words).items() >= EVERY.items()
+
+
+def test_so_is_fine_tuning(monkeypatch, tmp_path, capsys):
+    """Where its recipe is silent; of what it says, nothing changes."""
+    path = sft_recipe(tmp_path, training={"kv_qat": "off"})
+    recipe = yaml.safe_load(path.read_text())
+    for name in EVERY.keys() - {"kv_qat"}:
+        del recipe["training"][name]
+    path.write_text(yaml.safe_dump(recipe))
+    for setting in SETTINGS:
+        monkeypatch.setenv(setting.environment_variable, EVERY[setting.name])
+    words = ["sft", "--config", str(path), "--steps", "1", "--out", str(tmp_path / "out")]
+    assert run(capsys, *words).items() >= (EVERY | {"kv_qat": "off"}).items()
+    monkeypatch.setenv(VARIABLE, "half")
     with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 0, capsys.readouterr().err
-    header = json.loads((tmp_path / "out" / "train.jsonl").read_text().splitlines()[0])
-    assert header["run"]["training"]["indexer_loss_scale"] == "per_microbatch"
+        main(["sft", "--config", str(path), "--out", str(tmp_path / "other")])
+    assert ended.value.code == 2 and f"{VARIABLE} = 'half'" in capsys.readouterr().err

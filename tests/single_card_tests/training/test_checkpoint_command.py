@@ -63,12 +63,15 @@ def test_mistakes(recipe, capsys, options, says):
     assert says in captured and "Traceback" not in captured
 
 
-def test_auto_needs_a_folder(recipe, capsys):
+def test_auto_looks_in_the_runs_own_folder(recipe, tmp_path, capsys):
     values = yaml.safe_load(recipe.read_text())
-    del values["checkpoint"]
+    del values["checkpoint"]["dir"]
     recipe.write_text(yaml.safe_dump(values))
-    assert run(recipe, "--resume", "auto") == 2
-    assert "--resume auto needs a folder to look in" in capsys.readouterr().err
+    assert run(recipe, "--out", tmp_path / "out", "--steps", 2, "--resume", "auto") == 0
+    assert run(recipe, "--out", tmp_path / "out", "--steps", 3, "--resume", "auto") == 0
+    assert f"resumed after step 2 from {tmp_path / 'out' / 'checkpoints' / 'iter_0000002'}" in capsys.readouterr().out
+    assert run(recipe, "--out", tmp_path / "out", "--steps", 3) == 2
+    assert "of another run: go on from it with --resume auto, or choose another --out" in capsys.readouterr().err
 
 
 def test_a_log_that_was_cut_goes_on_from_its_last_whole_line(tmp_path):
@@ -77,7 +80,8 @@ def test_a_log_that_was_cut_goes_on_from_its_last_whole_line(tmp_path):
     log.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "ma')
     resumed = RunLog(tmp_path, {"numerics": "x"}, resumed=2)
     resumed.close()
-    assert [record["step"] for record in resumed.records] == [1, 2] and log.read_text().endswith("}\n")
+    assert resumed.last["step"] == 2 and [record["step"] for record in read_log(log)[1]] == [1, 2]
+    assert log.read_text().endswith("}\n")
     RunLog(tmp_path, {"numerics": "x"}, resumed=1).close()
     header, records = read_log(log)
     assert header == {"numerics": "x", "resumed_at": [2, 1]} and [record["step"] for record in records] == [1]

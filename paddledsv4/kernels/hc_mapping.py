@@ -1,0 +1,242 @@
+"""The dynamic mapping of a hyper-connection: projections with the row norm in one pass, and the gates. Section 4.2.
+
+The streams are bfloat16, the weight float32, and the product is to be as good as float32: the weight, and in backward
+the projections' gradient, are cut into three bfloat16 numbers each whose sum they are, so that every product on the
+tensor cores is exact. float32 streams are multiplied without them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from paddledsv4.kernels.carrier import Carrier, T
+from paddledsv4.kernels.reduction import add_parts
+
+TERMS = 3  # bfloat16 numbers that make a float32 one
+FORWARD = {"TOKENS": 128, "BLOCK": 64, "STAGES": 3, "num_warps": 8}
+BACKWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
+PROGRAMS = 256, 512  # at least so many programs, forward and backward, for few tokens
+
+
+@triton.jit
+def product(a, b, total, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, TERMS: tl.constexpr):
+    """total + a b in float32. A split factor is float32 and cut here, the other one is bfloat16; or both are float32."""
+    if SPLIT_A and SPLIT_B:  # to about 16 bits
+        high, upper = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        total = tl.dot(high, upper, total)
+        total = tl.dot((a - high.to(tl.float32)).to(tl.bfloat16), upper, total)
+        total = tl.dot(high, (b - upper.to(tl.float32)).to(tl.bfloat16), total)
+    elif SPLIT_B:
+        for _ in tl.static_range(TERMS):
+            part = b.to(tl.bfloat16)
+            total = tl.dot(a, part, total)
+            b -= part.to(tl.float32)
+    else:
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _project(x, w, proj, squares, rows, K, M, each, SPLIT: tl.constexpr, TERMS: tl.constexpr, TOKENS: tl.constexpr,
+             MP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The part of x w^T, and of the sum of squares, over ``each`` of the K features."""
+    t, m, i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, MP), tl.arange(0, BLOCK)
+    total, square = tl.zeros([TOKENS, MP], tl.float32), tl.zeros([TOKENS], tl.float32)
+    first = tl.program_id(1) * each
+    at = t.to(tl.int64)[:, None] * K
+    for k in tl.range(first, first + each, BLOCK, num_stages=STAGES):
+        inside = (k + i) < K
+        v = tl.load(x + at + (k + i)[None, :], (t < rows)[:, None] & inside[None, :], 0.0)
+        u = tl.load(w + m[None, :] * K + (k + i)[:, None], (m < M)[None, :] & inside[:, None], 0.0)
+        total = product(v, u, total, False, SPLIT, TERMS)
+        v = v.to(tl.float32)
+        square += tl.sum(v * v, 1)
+    to = tl.program_id(1).to(tl.int64) * rows + t
+    tl.store(proj + to[:, None] * M + m[None, :], total, (t < rows)[:, None] & (m < M)[None, :])
+    tl.store(squares + to, square, t < rows)
+
+
+@triton.jit
+def _finish(parts, squares, proj, r, root, rows, K, M, eps, count, TOKENS: tl.constexpr, MP: tl.constexpr):
+    """Adds the parts. root = |x| / sqrt(K), r = 1 / (root + eps)."""
+    t, m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, MP)
+    inside, at = (t < rows)[:, None] & (m < M)[None, :], t.to(tl.int64)
+    total, square = tl.zeros([TOKENS, MP], tl.float32), tl.zeros([TOKENS], tl.float32)
+    for _ in range(count):
+        total += tl.load(parts + at[:, None] * M + m[None, :], inside, 0.0)
+        square += tl.load(squares + at, t < rows, 0.0)
+        at += rows
+    tl.store(proj + t[:, None] * M + m[None, :], total, inside)
+    size = tl.sqrt(square / K)
+    tl.store(root + t, size, t < rows)
+    tl.store(r + t, 1.0 / (size + eps), t < rows)
+
+
+@triton.jit
+def _project_backward(x, w, dproj, dr, r, root, through, gate, dy, dx, parts, rows, C, M, each, HEAD: tl.constexpr,
+                      SPLIT: tl.constexpr, TERMS: tl.constexpr, TOKENS: tl.constexpr, MP: tl.constexpr,
+                      BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """BLOCK features of one stream of dx for ``each`` tokens, and their part of dw.
+
+    dx = dproj w + x f. Of a mapping, f = -dr r^2 / (K root). Of the head, f is ``dr``, and dx has two terms more:
+    ``through``, and the stream's gate times dy.
+    """
+    blocks = tl.cdiv(C, BLOCK)
+    stream, c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    streams = tl.num_programs(0) // blocks
+    K, m, n = streams * C, tl.arange(0, MP), tl.arange(0, TOKENS)
+    i, known = stream * C + c, (m < M)[:, None] & (c < C)[None, :]
+    weight = tl.load(w + m[:, None] * K + i[None, :], known, 0.0)
+    dw = tl.zeros([BLOCK, MP], tl.float32)
+    first = tl.program_id(1) * each
+    for begin in tl.range(first, first + each, TOKENS, num_stages=STAGES):
+        t = begin + n
+        at, inside = t.to(tl.int64)[:, None] * K + i[None, :], (t < rows)[:, None] & (c < C)[None, :]
+        v = tl.load(x + at, inside, 0.0)
+        d = tl.load(dproj + t[:, None] * M + m[None, :], (t < rows)[:, None] & (m < M)[None, :], 0.0)
+        factor = tl.load(dr + t, t < rows, 0.0)
+        if not HEAD:
+            scale, size = tl.load(r + t, t < rows, 0.0), tl.load(root + t, t < rows, 0.0)
+            factor = tl.where(size > 0.0, -factor * scale * scale / (K * size), 0.0)
+        g = v.to(tl.float32) * factor[:, None]
+        if HEAD:
+            g += tl.load(through + at, inside, 0.0).to(tl.float32)
+            h = tl.load(gate + t * streams + stream, t < rows, 0.0)
+            g += h[:, None] * tl.load(dy + t.to(tl.int64)[:, None] * C + c[None, :], inside, 0.0).to(tl.float32)
+        g = product(d, weight, g, SPLIT, SPLIT, TERMS)
+        tl.store(dx + at, g.to(dx.dtype.element_ty), inside)
+        dw = product(tl.trans(v), d, dw, False, SPLIT, TERMS)
+    to = tl.program_id(1).to(tl.int64) * M
+    tl.store(parts + (to + m)[None, :] * K + i[:, None], dw, (m < M)[None, :] & (c < C)[:, None])
+
+
+@triton.jit
+def _gates(proj, r, pre, post, res, bias, h_pre, h_post, logits, rows, eps,
+           N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, TOKENS: tl.constexpr):
+    """proj r alpha + bias; sigmoid + eps, twice the sigmoid, and as it is."""
+    t, m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None], tl.arange(0, MP)[None, :]
+    inside = (t < rows) & (m < M)
+    alpha = tl.where(m < N, tl.load(pre), tl.where(m < 2 * N, tl.load(post), tl.load(res)))
+    z = tl.load(proj + t * M + m, inside, 0.0) * tl.load(r + t, t < rows, 0.0) * alpha + tl.load(bias + m, m < M, 0.0)
+    gate = tl.sigmoid(z)
+    tl.store(h_pre + t * N + m, (gate + eps).to(h_pre.dtype.element_ty), inside & (m < N))
+    tl.store(h_post + t * N + m - N, (gate * 2.0).to(h_post.dtype.element_ty), inside & (m >= N) & (m < 2 * N))
+    tl.store(logits + t * (N * N) + m - 2 * N, z, inside & (m >= 2 * N))
+
+
+@triton.jit
+def _gates_backward(dh_pre, dh_post, dlogits, proj, r, pre, post, res, bias, dproj, dr, parts, rows, each,
+                    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, TOKENS: tl.constexpr):
+    """``each`` tokens, and their part of d bias and of d alpha before its sum over gates, [2, MP]."""
+    m = tl.arange(0, MP)[None, :]
+    alpha = tl.where(m < N, tl.load(pre), tl.where(m < 2 * N, tl.load(post), tl.load(res)))
+    shift = tl.load(bias + m, m < M, 0.0)
+    dbias, dalpha = tl.zeros([TOKENS, MP], tl.float32), tl.zeros([TOKENS, MP], tl.float32)
+    first = tl.program_id(0) * each
+    for begin in range(first, first + each, TOKENS):
+        t = begin + tl.arange(0, TOKENS)[:, None]
+        inside = (t < rows) & (m < M)
+        scale, p = tl.load(r + t, t < rows, 0.0), tl.load(proj + t * M + m, inside, 0.0)
+        gate = tl.sigmoid(p * scale * alpha + shift)
+        slope = gate * (1.0 - gate)
+        g = tl.load(dlogits + t * (N * N) + m - 2 * N, inside & (m >= 2 * N), 0.0).to(tl.float32)
+        g += tl.load(dh_pre + t * N + m, inside & (m < N), 0.0).to(tl.float32) * slope
+        g += tl.load(dh_post + t * N + m - N, inside & (m >= N) & (m < 2 * N), 0.0).to(tl.float32) * 2.0 * slope
+        tl.store(dproj + t * M + m, g * scale * alpha, inside)
+        tl.store(dr + t, tl.sum(g * p * alpha, 1, keep_dims=True), t < rows)
+        dbias += g
+        dalpha += g * p * scale
+    to = parts + tl.program_id(0) * (2 * MP) + tl.arange(0, MP)
+    tl.store(to, tl.sum(dbias, 0))
+    tl.store(to + MP, tl.sum(dalpha, 0))
+
+
+@triton.jit
+def _gates_finish(parts, dpre, dpost, dres, dbias, count, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+                  ROWS: tl.constexpr):
+    m, k = tl.arange(0, MP)[None, :], tl.arange(0, ROWS)[:, None]
+    bias, alpha = tl.zeros([ROWS, MP], tl.float32), tl.zeros([ROWS, MP], tl.float32)
+    for first in range(0, count, ROWS):
+        at = (first + k) * (2 * MP) + m
+        bias += tl.load(parts + at, first + k < count, 0.0)
+        alpha += tl.load(parts + at + MP, first + k < count, 0.0)
+    bias, alpha, m = tl.sum(bias, 0), tl.sum(alpha, 0), tl.arange(0, MP)
+    tl.store(dbias + m, bias.to(dbias.dtype.element_ty), m < M)
+    tl.store(dpre, tl.sum(tl.where(m < N, alpha, 0.0), 0).to(dpre.dtype.element_ty))
+    tl.store(dpost, tl.sum(tl.where((m >= N) & (m < 2 * N), alpha, 0.0), 0).to(dpost.dtype.element_ty))
+    tl.store(dres, tl.sum(tl.where((m >= 2 * N) & (m < M), alpha, 0.0), 0).to(dres.dtype.element_ty))
+
+
+def padded(count: int) -> int:
+    """A power of two that holds them; tensor cores want 16."""
+    return max(16, triton.next_power_of_2(count))
+
+
+def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, T]:
+    """streams [rows, K] contiguous, weight [M, K] float32 -> proj [rows, M], r [rows, 1] and, for ``backward``,
+    root [rows], all float32."""
+    (rows, width), (columns, _) = streams.shape, weight.shape
+    tile, blocks = FORWARD, triton.cdiv(rows, FORWARD["TOKENS"])
+    splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS[0], blocks)), triton.cdiv(width, 1024))
+    each = triton.cdiv(triton.cdiv(width, splits), tile["BLOCK"]) * tile["BLOCK"]
+    count = triton.cdiv(width, each)
+
+    def empty(*shape):
+        return carrier.empty(shape, "float32", streams)
+
+    parts, squares = empty(count, rows, columns), empty(count, rows)
+    proj, r, root = empty(rows, columns), empty(rows, 1), empty(rows)
+    carrier.launch(_project, (blocks, count), streams, weight, parts, squares, rows, width, columns, each,
+                   SPLIT=carrier.dtype(streams) != "float32", TERMS=TERMS, MP=padded(columns), **tile)
+    carrier.launch(_finish, (triton.cdiv(rows, 32),), parts, squares, proj, r, root, rows, width, columns, eps, count,
+                   TOKENS=32, MP=padded(columns), num_warps=4)
+    return proj, r, root
+
+
+def streams_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, others: tuple[T, ...], head: bool,
+                     count: int) -> tuple[T, T]:
+    """``_project_backward`` over ``count`` streams; ``others``: r, root, through, gate, dy -> dstreams, dweight."""
+    (rows, width), (columns, _) = streams.shape, weight.shape
+    tile, blocks = BACKWARD, count * triton.cdiv(width // count, BACKWARD["BLOCK"])
+    splits = max(1, min(triton.cdiv(PROGRAMS[1], blocks), triton.cdiv(rows, 4 * tile["TOKENS"])))
+    each = triton.cdiv(triton.cdiv(rows, splits), tile["TOKENS"]) * tile["TOKENS"]
+    dstreams = carrier.empty(streams.shape, carrier.dtype(streams), streams)
+    parts = carrier.empty([triton.cdiv(rows, each), columns, width], "float32", streams)
+    carrier.launch(_project_backward, (blocks, parts.shape[0]), streams, weight, dproj, dr, *others, dstreams, parts,
+                   rows, width // count, columns, each, HEAD=head, SPLIT=carrier.dtype(streams) != "float32",
+                   TERMS=TERMS, MP=padded(columns), **tile)
+    return dstreams, add_parts(carrier, parts, [columns, width], carrier.dtype(weight))
+
+
+def project_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, r: T, root: T) -> tuple[T, T]:
+    """dproj [rows, M], dr [rows, 1] -> dstreams in the dtype of the streams, dweight float32."""
+    return streams_backward(carrier, dproj, dr, streams, weight, (r, root, r, r, r), head=False, count=1)
+
+
+def gates(carrier: Carrier, proj: T, r: T, alphas: tuple[T, T, T], bias: T, n: int, eps: float,
+          dtype: str) -> tuple[T, T, T]:
+    """proj [rows, n*n + 2n], r [rows, 1], three alphas [1] (pre, post, res), bias [n*n + 2n]
+    -> h_pre and h_post [rows, n] in ``dtype``, logits [rows, n*n] in the dtype of proj."""
+    rows, columns = proj.shape
+    h_pre, h_post = carrier.empty([rows, n], dtype, proj), carrier.empty([rows, n], dtype, proj)
+    logits = carrier.empty([rows, n * n], carrier.dtype(proj), proj)
+    carrier.launch(_gates, (triton.cdiv(rows, 32),), proj, r, *alphas, bias, h_pre, h_post, logits, rows, eps,
+                   N=n, M=columns, MP=padded(columns), TOKENS=32, num_warps=4)
+    return h_pre, h_post, logits
+
+
+def gates_backward(carrier: Carrier, dh_pre: T, dh_post: T, dlogits: T, proj: T, r: T, alphas: tuple[T, T, T],
+                   bias: T, n: int) -> tuple[T, T, list[T], T]:
+    """Gradients of the three outputs -> dproj, dr, those of the alphas, dbias."""
+    rows, columns = proj.shape
+    wide, each = padded(columns), 32 * triton.cdiv(rows, 32 * 256)
+    count = triton.cdiv(rows, each)
+    dproj, dr, dbias = (carrier.empty(x.shape, carrier.dtype(x), x) for x in (proj, r, bias))
+    dalphas = [carrier.empty([1], carrier.dtype(a), a) for a in alphas]
+    parts = carrier.empty([count, 2 * wide], "float32", proj)
+    carrier.launch(_gates_backward, (count,), dh_pre, dh_post, dlogits, proj, r, *alphas, bias, dproj, dr, parts, rows,
+                   each, N=n, M=columns, MP=wide, TOKENS=32, num_warps=4)
+    carrier.launch(_gates_finish, (1,), parts, *dalphas, dbias, count, N=n, M=columns, MP=wide, ROWS=64,
+                   num_warps=4)
+    return dproj, dr, dalphas, dbias

@@ -1,0 +1,82 @@
+"""Sinkhorn normalisation of n x n matrices in registers: softmax, then columns and rows in turn. Spec section 4.3.
+
+eps is added to the entries after the softmax, and to every sum. Backward computes the iterations anew and keeps one over
+their sums, 2n numbers an iteration; the matrices come back from the last one by dividing by these.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from paddledsv4.kernels.carrier import Carrier, T
+
+TOKENS = 32  # one token a thread of one warp: its matrix is in the thread's registers
+
+
+@triton.jit
+def _softmax(logits, at, inside, eps):
+    """Matrices [TOKENS, N, N] in float32 and the maxima's exponentials over their row sums, without eps."""
+    v = tl.load(logits + at, inside, 0.0).to(tl.float32)
+    e = tl.exp(v - tl.max(v, 2, keep_dims=True))
+    return e * (1.0 / tl.sum(e, 2, keep_dims=True))
+
+
+@triton.jit
+def _forward(logits, out, tokens, eps, ITERATIONS: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr):
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    at = t * (N * N) + tl.arange(0, N)[None, :, None] * N + tl.arange(0, N)[None, None, :]
+    inside = t < tokens
+    m = _softmax(logits, at, inside, eps) + eps
+    m *= 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
+    for _ in range(ITERATIONS - 1):
+        m *= 1.0 / (tl.sum(m, 2, keep_dims=True) + eps)
+        m *= 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
+    tl.store(out + at, m.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _backward(dout, logits, dlogits, tokens, eps, ITERATIONS: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr):
+    """The gradient of m f, f one over the sums of m along an axis: (g - sum(g m f)) f."""
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    at = t * (N * N) + tl.arange(0, N)[None, :, None] * N + tl.arange(0, N)[None, None, :]
+    inside = t < tokens
+    p = _softmax(logits, at, inside, eps)
+    m = p + eps
+    first = 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
+    m *= first
+    factors = ()
+    for _ in tl.static_range(ITERATIONS - 1):
+        rows = 1.0 / (tl.sum(m, 2, keep_dims=True) + eps)
+        m *= rows
+        columns = 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
+        m *= columns
+        factors = factors + (rows, columns)
+    g = tl.load(dout + at, inside, 0.0).to(tl.float32)
+    for k in tl.static_range(ITERATIONS - 1):
+        rows, columns = factors[2 * (ITERATIONS - 2 - k)], factors[2 * (ITERATIONS - 2 - k) + 1]
+        g = (g - tl.sum(g * m, 1, keep_dims=True)) * columns
+        m *= 1.0 / columns
+        g = (g - tl.sum(g * m, 2, keep_dims=True)) * rows
+        m *= 1.0 / rows
+    g = (g - tl.sum(g * m, 1, keep_dims=True)) * first
+    g = (g - tl.sum(g * p, 2, keep_dims=True)) * p
+    tl.store(dlogits + at, g.to(dlogits.dtype.element_ty), inside)
+
+
+def forward(carrier: Carrier, logits: T, iterations: int, eps: float, dtype: str) -> T:
+    """logits [tokens, n, n] contiguous, n a power of two -> [tokens, n, n] in ``dtype``."""
+    tokens, n, _ = logits.shape
+    out = carrier.empty(logits.shape, dtype, logits)
+    carrier.launch(_forward, (triton.cdiv(tokens, TOKENS),), logits, out, tokens, eps,
+                   ITERATIONS=iterations, N=n, TOKENS=TOKENS, num_warps=1)
+    return out
+
+
+def backward(carrier: Carrier, dout: T, logits: T, iterations: int, eps: float) -> T:
+    """dout and logits [tokens, n, n] -> dlogits in the dtype of the logits."""
+    tokens, n, _ = logits.shape
+    dlogits = carrier.empty(logits.shape, carrier.dtype(logits), logits)
+    carrier.launch(_backward, (triton.cdiv(tokens, TOKENS),), dout, logits, dlogits, tokens, eps,
+                   ITERATIONS=iterations, N=n, TOKENS=TOKENS, num_warps=1)
+    return dlogits

@@ -1,0 +1,49 @@
+"""Golden cases of the traps that turned long runs into NaN, made by running other implementations."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import paddle
+import pytest
+from reference import ROOT
+from safetensors.paddle import load_file
+
+from paddledsv4.numerics.policy import installed
+from paddledsv4.numerics.registry import Variant, load_all
+from paddledsv4.ops.precision import widen
+
+OPS = load_all()
+
+
+@functools.cache
+def golden() -> dict[str, paddle.Tensor]:
+    return load_file(ROOT / "tests" / "data" / "nan_trap_cases.safetensors")
+
+
+def variants(op: str) -> list:
+    """The variants of an op as test parameters, that of torch skipped where it is missing."""
+    skip = pytest.mark.skipif(not installed("torch"), reason="the torch variants need paddledsv4[torch]")
+    return [pytest.param(v, id=v.name, marks=skip if v.needs else ()) for v in OPS[op].variants.values()]
+
+
+def function(variant: Variant, dtype: str):
+    """What a model of this precision calls on a CPU."""
+    return variant.emulated if dtype == "bfloat16" else variant.function
+
+
+def leaf(x: paddle.Tensor, dtype=None) -> paddle.Tensor:
+    """A copy that gradients are kept of."""
+    x = x.detach().astype(dtype or x.dtype).clone()
+    x.stop_gradient = False
+    return x
+
+
+def array(x: paddle.Tensor) -> np.ndarray:
+    return widen(x.detach()).numpy()
+
+
+def assert_finite(**tensors: np.ndarray) -> None:
+    bad = [name for name, x in tensors.items() if not np.isfinite(x).all()]
+    assert not bad, f"not finite: {', '.join(bad)}"
