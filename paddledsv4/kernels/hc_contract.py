@@ -101,8 +101,7 @@ def backward(carrier: Carrier, dy: T, through: T, streams: T, fn: T, base: T, sc
     dp, factor, parts = (carrier.empty(shape, "float32", streams) for shape in ([rows, n], [rows], [count, 2 * n]))
     carrier.launch(_gate_backward, (count,), dy, streams, scale, gate, p, q, dp, factor, parts, rows, width // n, eps,
                    each, N=n, BLOCK=1024, num_warps=4)
-    dstreams, dfn = streams_backward(carrier, dp, factor, streams, fn, (factor, factor, through, gate, dy), head=True,
-                                     count=n)
+    dstreams, dfn = streams_backward(carrier, dp, factor, streams, fn, (through, gate, dy), count=n)
     dbase, dscale = (carrier.empty(x.shape, carrier.dtype(x), x) for x in (base, scale))
     total = add_parts(carrier, parts, [2 * n], "float32")
     carrier.launch(_finish, (1,), total, dbase, dscale, N=n, num_warps=1)

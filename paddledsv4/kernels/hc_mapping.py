@@ -20,41 +20,36 @@ PROGRAMS = 256, 512  # at least so many programs, forward and backward, for few 
 
 
 @triton.jit
-def product(a, b, total, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, TERMS: tl.constexpr):
-    """total + a b in float32. A split factor is float32 and cut here, the other is bfloat16; or both are float32."""
-    if SPLIT_A and SPLIT_B:  # to about 16 bits
-        high, upper = a.to(tl.bfloat16), b.to(tl.bfloat16)
-        total = tl.dot(high, upper, total)
-        total = tl.dot((a - high.to(tl.float32)).to(tl.bfloat16), upper, total)
-        total = tl.dot(high, (b - upper.to(tl.float32)).to(tl.bfloat16), total)
-    elif SPLIT_B:
-        for _ in tl.static_range(TERMS):
-            part = b.to(tl.bfloat16)
-            total = tl.dot(a, part, total)
-            b -= part.to(tl.float32)
-    else:
-        total = tl.dot(a, b, total, input_precision="ieee")
-    return total
+def _split(x, parts, R, C, RP, CP, TERMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """x [R, C] -> parts [TERMS, RP, CP], whose sum over the first index it is; zeros where x has nothing."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    v = tl.load(x + r.to(tl.int64) * C + c, (r < R) & (c < C), 0.0).to(tl.float32)
+    for k in tl.static_range(TERMS):
+        part = v.to(parts.dtype.element_ty)
+        tl.store(parts + (r + k * RP).to(tl.int64) * CP + c, part, (r < RP) & (c < CP))
+        v -= part.to(tl.float32)
 
 
 @triton.jit
-def _project(x, w, proj, squares, rows, K, M, each, SPLIT: tl.constexpr, TERMS: tl.constexpr, TOKENS: tl.constexpr,
-             MP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The part of x w^T, and of the sum of squares, over ``each`` of the K features."""
+def _project(x, w, proj, squares, rows, K, M, each, TERMS: tl.constexpr, TOKENS: tl.constexpr, MP: tl.constexpr,
+             BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The part of x w^T, and of the sum of squares, over ``each`` of the K features; w as parts [TERMS, MP, K]."""
     t, m, i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, MP), tl.arange(0, BLOCK)
-    total, square = tl.zeros([TOKENS, MP], tl.float32), tl.zeros([TOKENS], tl.float32)
+    total, square = tl.zeros([TOKENS, MP], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
     first = tl.program_id(1) * each
     at = t.to(tl.int64)[:, None] * K
     for k in tl.range(first, first + each, BLOCK, num_stages=STAGES):
         inside = (k + i) < K
         v = tl.load(x + at + (k + i)[None, :], (t < rows)[:, None] & inside[None, :], 0.0)
-        u = tl.load(w + m[None, :] * K + (k + i)[:, None], (m < M)[None, :] & inside[:, None], 0.0)
-        total = product(v, u, total, False, SPLIT, TERMS)
+        for term in tl.static_range(TERMS):
+            u = tl.load(w + (term * MP + m)[None, :] * K + (k + i)[:, None], inside[:, None], 0.0)
+            total = tl.dot(v, u, total, input_precision="ieee")
         v = v.to(tl.float32)
-        square += tl.sum(v * v, 1)
+        square += v * v
     to = tl.program_id(1).to(tl.int64) * rows + t
     tl.store(proj + to[:, None] * M + m[None, :], total, (t < rows)[:, None] & (m < M)[None, :])
-    tl.store(squares + to, square, t < rows)
+    tl.store(squares + to, tl.sum(square, 1), t < rows)
 
 
 @triton.jit
@@ -75,39 +70,52 @@ def _finish(parts, squares, proj, r, root, rows, K, M, eps, COUNT: tl.constexpr,
 
 
 @triton.jit
-def _project_backward(x, w, dproj, dr, r, root, through, gate, dy, dx, parts, rows, C, M, each, HEAD: tl.constexpr,
-                      SPLIT: tl.constexpr, TERMS: tl.constexpr, TOKENS: tl.constexpr, MP: tl.constexpr,
-                      BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """BLOCK features of one stream of dx for ``each`` tokens, and their part of dw.
+def _factor(dr, r, root, factor, rows, K, TOKENS: tl.constexpr):
+    """The factor of x in dx: d root = -dr r^2, d x = x d root / (K root); none where x is zero."""
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    scale, size = tl.load(r + t, t < rows, 0.0), tl.load(root + t, t < rows, 0.0)
+    droot = -tl.load(dr + t, t < rows, 0.0).to(tl.float32) * scale * scale
+    tl.store(factor + t, tl.where(size > 0.0, droot / (K * tl.where(size > 0.0, size, 1.0)), 0.0), t < rows)
 
-    dx = dproj w + x f. Of a mapping, f = -dr r^2 / (K root). Of the head, f is ``dr``, and dx has two terms more:
-    ``through``, and the stream's gate times dy.
+
+@triton.jit
+def _project_backward(x, w, d, factor, through, gate, dy, dx, parts, rows, C, M, each, HEAD: tl.constexpr,
+                      TERMS: tl.constexpr, TOKENS: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
+                      STAGES: tl.constexpr):
+    """BLOCK features of one stream of dx for ``each`` tokens, and their part of dw; d as parts [TERMS, rows, MP].
+
+    dx = d w + x factor. Of the head, dx has two terms more: ``through``, and the stream's gate times dy. The product
+    with w is to about 16 bits for bfloat16 streams, the one for dw exact before its sum.
     """
     blocks = tl.cdiv(C, BLOCK)
     stream, c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     streams = tl.num_programs(0) // blocks
     K, m, n = streams * C, tl.arange(0, MP), tl.arange(0, TOKENS)
-    i, known = stream * C + c, (m < M)[:, None] & (c < C)[None, :]
-    weight = tl.load(w + m[:, None] * K + i[None, :], known, 0.0)
+    i = stream * C + c
+    weight = tl.load(w + m[:, None] * K + i[None, :], (m < M)[:, None] & (c < C)[None, :], 0.0)
+    upper = weight.to(x.dtype.element_ty)
+    lower = (weight - upper.to(tl.float32)).to(x.dtype.element_ty)
     dw = tl.zeros([BLOCK, MP], tl.float32)
     first = tl.program_id(1) * each
     for begin in tl.range(first, first + each, TOKENS, num_stages=STAGES):
         t = begin + n
-        at, inside = t.to(tl.int64)[:, None] * K + i[None, :], (t < rows)[:, None] & (c < C)[None, :]
-        v = tl.load(x + at, inside, 0.0)
-        d = tl.load(dproj + t[:, None] * M + m[None, :], (t < rows)[:, None] & (m < M)[None, :], 0.0)
-        factor = tl.load(dr + t, t < rows, 0.0)
-        if not HEAD:
-            scale, size = tl.load(r + t, t < rows, 0.0), tl.load(root + t, t < rows, 0.0)
-            factor = tl.where(size > 0.0, -factor * scale * scale / (K * tl.where(size > 0.0, size, 1.0)), 0.0)
-        g = v.to(tl.float32) * factor[:, None]
+        row = t.to(tl.int64)[:, None]
+        inside = (t < rows)[:, None] & (c < C)[None, :]
+        v = tl.load(x + row * K + i[None, :], inside, 0.0)
+        g = v.to(tl.float32) * tl.load(factor + t, t < rows, 0.0)[:, None]
         if HEAD:
-            g += tl.load(through + at, inside, 0.0).to(tl.float32)
+            g += tl.load(through + row * K + i[None, :], inside, 0.0).to(tl.float32)
             h = tl.load(gate + t * streams + stream, t < rows, 0.0)
-            g += h[:, None] * tl.load(dy + t.to(tl.int64)[:, None] * C + c[None, :], inside, 0.0).to(tl.float32)
-        g = product(d, weight, g, SPLIT, SPLIT, TERMS)
-        tl.store(dx + at, g.to(dx.dtype.element_ty), inside)
-        dw = product(tl.trans(v), d, dw, False, SPLIT, TERMS)
+            g += h[:, None] * tl.load(dy + row * C + c[None, :], inside, 0.0).to(tl.float32)
+        turned = tl.trans(v)
+        for term in tl.static_range(TERMS):
+            part = tl.load(d + (row + term * rows) * MP + m[None, :], (t < rows)[:, None], 0.0)
+            if term < 2:
+                g = tl.dot(part, upper, g, input_precision="ieee")
+            if term == 0 and TERMS > 1:
+                g = tl.dot(part, lower, g)
+            dw = tl.dot(turned, part, dw, input_precision="ieee")
+        tl.store(dx + row * K + i[None, :], g.to(dx.dtype.element_ty), inside)
     to = tl.program_id(1).to(tl.int64) * M
     tl.store(parts + (to + m)[None, :] * K + i[:, None], dw, (m < M)[None, :] & (c < C)[:, None])
 
@@ -174,6 +182,21 @@ def padded(count: int) -> int:
     return max(16, triton.next_power_of_2(count))
 
 
+def _terms(carrier: Carrier, streams: T) -> int:
+    return 1 if carrier.dtype(streams) == "float32" else TERMS
+
+
+def _parts_of(carrier: Carrier, x: T, streams: T, rows: int, columns: int) -> T:
+    """x in the dtype of the streams, as [terms, rows, columns]."""
+    terms = _terms(carrier, streams)
+    parts = carrier.empty([terms, rows, columns], carrier.dtype(streams), streams)
+    block = min(1024, triton.next_power_of_2(columns))
+    tile = max(1, 1024 // block)
+    carrier.launch(_split, (triton.cdiv(rows, tile), triton.cdiv(columns, block)), x, parts, *x.shape, rows, columns,
+                   TERMS=terms, ROWS=tile, BLOCK=block, num_warps=4)
+    return parts
+
+
 def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, T]:
     """streams [rows, K] contiguous, weight [M, K] float32 -> proj [rows, M], r [rows, 1] and, for ``backward``,
     root [rows], all float32."""
@@ -181,38 +204,42 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, 
     tile, blocks = FORWARD, triton.cdiv(rows, FORWARD["TOKENS"])
     splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS[0], blocks)), triton.cdiv(width, 1024))
     each = triton.cdiv(triton.cdiv(width, splits), tile["BLOCK"]) * tile["BLOCK"]
-    count = triton.cdiv(width, each)
+    count, wide = triton.cdiv(width, each), padded(columns)
 
     def empty(*shape):
         return carrier.empty(shape, "float32", streams)
 
     parts, squares = empty(count, rows, columns), empty(count, rows)
     proj, r, root = empty(rows, columns), empty(rows, 1), empty(rows)
-    carrier.launch(_project, (blocks, count), streams, weight, parts, squares, rows, width, columns, each,
-                   SPLIT=carrier.dtype(streams) != "float32", TERMS=TERMS, MP=padded(columns), **tile)
+    carrier.launch(_project, (blocks, count), streams, _parts_of(carrier, weight, streams, wide, width), parts,
+                   squares, rows, width, columns, each, TERMS=_terms(carrier, streams), MP=wide, **tile)
     carrier.launch(_finish, (triton.cdiv(rows, 32),), parts, squares, proj, r, root, rows, width, columns, eps,
-                   COUNT=count, TOKENS=32, MP=padded(columns), num_warps=4)
+                   COUNT=count, TOKENS=32, MP=wide, num_warps=4)
     return proj, r, root
 
 
-def streams_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, others: tuple[T, ...], head: bool,
-                     count: int) -> tuple[T, T]:
-    """``_project_backward`` over ``count`` streams; ``others``: r, root, through, gate, dy -> dstreams, dweight."""
+def streams_backward(carrier: Carrier, d: T, factor: T, streams: T, weight: T, others: tuple[T, T, T] | None = None,
+                     count: int = 1) -> tuple[T, T]:
+    """``_project_backward`` over ``count`` streams; ``others``, of the head: through, gate, dy -> dstreams, dweight."""
     (rows, width), (columns, _) = streams.shape, weight.shape
     tile, blocks = BACKWARD, count * triton.cdiv(width // count, BACKWARD["BLOCK"])
     splits = max(1, min(triton.cdiv(PROGRAMS[1], blocks), triton.cdiv(rows, 4 * tile["TOKENS"])))
     each = triton.cdiv(triton.cdiv(rows, splits), tile["TOKENS"]) * tile["TOKENS"]
-    dstreams = carrier.empty(streams.shape, carrier.dtype(streams), streams)
+    dstreams, wide = carrier.empty(streams.shape, carrier.dtype(streams), streams), padded(columns)
     parts = carrier.empty([triton.cdiv(rows, each), columns, width], "float32", streams)
-    carrier.launch(_project_backward, (blocks, parts.shape[0]), streams, weight, dproj, dr, *others, dstreams, parts,
-                   rows, width // count, columns, each, HEAD=head, SPLIT=carrier.dtype(streams) != "float32",
-                   TERMS=TERMS, MP=padded(columns), **tile)
+    carrier.launch(_project_backward, (blocks, parts.shape[0]), streams, weight,
+                   _parts_of(carrier, d, streams, rows, wide), factor, *(others or (factor, factor, factor)), dstreams,
+                   parts, rows, width // count, columns, each, HEAD=others is not None,
+                   TERMS=_terms(carrier, streams), MP=wide, **tile)
     return dstreams, add_parts(carrier, parts, [columns, width], carrier.dtype(weight))
 
 
 def project_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, r: T, root: T) -> tuple[T, T]:
     """dproj [rows, M], dr [rows, 1] -> dstreams in the dtype of the streams, dweight float32."""
-    return streams_backward(carrier, dproj, dr, streams, weight, (r, root, r, r, r), head=False, count=1)
+    rows, width = streams.shape
+    factor = carrier.empty([rows], "float32", streams)
+    carrier.launch(_factor, (triton.cdiv(rows, 256),), dr, r, root, factor, rows, width, TOKENS=256, num_warps=4)
+    return streams_backward(carrier, dproj, factor, streams, weight)
 
 
 def gates(carrier: Carrier, proj: T, r: T, alphas: tuple[T, T, T], bias: T, n: int, eps: float,
