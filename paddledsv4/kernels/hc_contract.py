@@ -1,7 +1,8 @@
 """The contraction head of a hyper-connection: a gated sum of the streams. Spec section 4.5.
 
-gate = sigmoid(p q scale + base) + eps with p = x fn^T and q = rsqrt(mean(x^2) + eps). A program reads its tokens twice,
-for the gates and for the sum: the second time from the L2 cache.
+gate = sigmoid(p q scale + base) + eps with p = x fn^T and q = rsqrt(mean(x^2) + eps): the mapping's projection, then
+the aggregate. So the streams are read twice; a kernel that took its tokens from the L2 cache the second time was
+slower, since it read fn for every few tokens.
 """
 
 from __future__ import annotations
@@ -10,38 +11,20 @@ import triton
 import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
-from paddledsv4.kernels.hc_mapping import streams_backward
+from paddledsv4.kernels.hc_mapping import project, streams_backward
+from paddledsv4.kernels.hc_mix import aggregate
 from paddledsv4.kernels.reduction import add_parts
-
-FORWARD = {"TOKENS": 8, "BLOCK": 256, "num_warps": 4}
 
 
 @triton.jit
-def _forward(x, fn, base, scale, y, gate, p, q, rows, C, eps, N: tl.constexpr, TOKENS: tl.constexpr,
-             BLOCK: tl.constexpr):
-    t, n, K = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, N), N * C
-    at = t.to(tl.int64)[:, None] * K
-    product, square = tl.zeros([TOKENS, N, BLOCK], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
-    for first in range(0, K, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        v = tl.load(x + at + i[None, :], (t < rows)[:, None] & (i < K)[None, :], 0.0).to(tl.float32)
-        f = tl.load(fn + n[:, None] * K + i[None, :], (i < K)[None, :], 0.0)
-        product += v[:, None, :] * f[None, :, :]
-        square += v * v
-    linear, size = tl.sum(product, 2), tl.rsqrt(tl.sum(square, 1) / K + eps)
-    h = tl.sigmoid(linear * size[:, None] * tl.load(scale) + tl.load(base + n)[None, :]) + eps
-    out = t[:, None] * N + n[None, :]
-    tl.store(gate + out, h, (t < rows)[:, None])
-    tl.store(p + out, linear, (t < rows)[:, None])
+def _gate(p, root, base, scale, gate, q, rows, eps, N: tl.constexpr, TOKENS: tl.constexpr):
+    t, n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, N)
+    size = tl.load(root + t, t < rows, 1.0)
+    size = tl.rsqrt(size * size + eps)
+    at = t[:, None] * N + n[None, :]
+    z = tl.load(p + at, (t < rows)[:, None], 0.0) * size[:, None] * tl.load(scale) + tl.load(base + n)[None, :]
+    tl.store(gate + at, tl.sigmoid(z) + eps, (t < rows)[:, None])
     tl.store(q + t, size, t < rows)
-    for first in range(0, C, BLOCK):
-        c = first + tl.arange(0, BLOCK)
-        inside = (t < rows)[:, None] & (c < C)[None, :]
-        total = tl.zeros([TOKENS, BLOCK], tl.float32)
-        for j in tl.static_range(N):
-            v = tl.load(x + at + j * C + c[None, :], inside, 0.0).to(tl.float32)
-            total += tl.sum(tl.where(n[None, :] == j, h, 0.0), 1)[:, None] * v
-        tl.store(y + t.to(tl.int64)[:, None] * C + c[None, :], total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -71,7 +54,7 @@ def _gate_backward(dy, x, scale, gate, p, q, dp, factor, parts, rows, C, eps, ea
 
 
 @triton.jit
-def _finish(total, dbase, dscale, N: tl.constexpr):
+def _gate_finish(total, dbase, dscale, N: tl.constexpr):
     n = tl.arange(0, N)
     tl.store(dbase + n, tl.load(total + n).to(dbase.dtype.element_ty))
     tl.store(dscale, tl.sum(tl.load(total + N + n), 0).to(dscale.dtype.element_ty))
@@ -80,16 +63,12 @@ def _finish(total, dbase, dscale, N: tl.constexpr):
 def forward(carrier: Carrier, streams: T, fn: T, base: T, scale: T, eps: float) -> tuple[T, T, T, T]:
     """streams [rows, n*C] contiguous, fn [n, n*C], base [n], scale [1] in float32, n a power of two
     -> hidden [rows, C] and, for ``backward``, gate and p [rows, n], q [rows]."""
-    (rows, width), n = streams.shape, fn.shape[0]
-
-    def empty(*shape):
-        return carrier.empty(shape, "float32", streams)
-
-    y = carrier.empty([rows, width // n], carrier.dtype(streams), streams)
-    gate, p, q = empty(rows, n), empty(rows, n), empty(rows)
-    carrier.launch(_forward, (triton.cdiv(rows, FORWARD["TOKENS"]),), streams, fn, base, scale, y, gate, p, q, rows,
-                   width // n, eps, N=n, **FORWARD)
-    return y, gate, p, q
+    rows, n = streams.shape[0], fn.shape[0]
+    p, _, root = project(carrier, streams, fn, eps)
+    gate, q = carrier.empty([rows, n], "float32", streams), carrier.empty([rows], "float32", streams)
+    carrier.launch(_gate, (triton.cdiv(rows, 128),), p, root, base, scale, gate, q, rows, eps, N=n, TOKENS=128,
+                   num_warps=4)
+    return aggregate(carrier, streams, gate), gate, p, q
 
 
 def backward(carrier: Carrier, dy: T, through: T, streams: T, fn: T, base: T, scale: T, gate: T, p: T, q: T,
@@ -104,5 +83,5 @@ def backward(carrier: Carrier, dy: T, through: T, streams: T, fn: T, base: T, sc
     dstreams, dfn = streams_backward(carrier, dp, factor, streams, fn, (through, gate, dy), count=n)
     dbase, dscale = (carrier.empty(x.shape, carrier.dtype(x), x) for x in (base, scale))
     total = add_parts(carrier, parts, [2 * n], "float32")
-    carrier.launch(_finish, (1,), total, dbase, dscale, N=n, num_warps=1)
+    carrier.launch(_gate_finish, (1,), total, dbase, dscale, N=n, num_warps=1)
     return dstreams, dfn, dbase, dscale
