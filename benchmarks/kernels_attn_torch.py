@@ -116,8 +116,9 @@ def index_inputs(tokens: int, seed: int = 0) -> IndexInputs:
         return torch.randn(*shape, device="cuda", generator=random)
 
     groups = tokens // RATIO
-    return IndexInputs(normal(tokens, 1, INDEX_HEADS, INDEX_D).bfloat16(), normal(groups, 1, INDEX_D).bfloat16(),
-                       (normal(tokens, 1, INDEX_HEADS) * INDEX_HEADS**-0.5).bfloat16(), normal(1, tokens, groups))  # fmt: skip
+    query, key = normal(tokens, 1, INDEX_HEADS, INDEX_D), normal(groups, 1, INDEX_D)
+    weights = normal(tokens, 1, INDEX_HEADS) * INDEX_HEADS**-0.5
+    return IndexInputs(query.bfloat16(), key.bfloat16(), weights.bfloat16(), normal(1, tokens, groups))
 
 
 def score(query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

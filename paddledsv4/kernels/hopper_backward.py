@@ -16,37 +16,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, key_exists, key_rows
+from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, fetch, key_exists, key_rows, write_half
 
 SCORE_REGISTERS, GATHER_REGISTERS = gl.constexpr(216), gl.constexpr(72)
 
 
 @gluon.jit
-def _gather(q, dout, kv, compressed, selected, queries, douts, keys, arrived, full, empty, tiles, row, batch, first_head,
-            far, s, b, n, K, H, D: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr):
-    """Four warps: the query, the gradient of its result, and tile after tile, left and right columns."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
+def _gather(kv, compressed, selected, keys, full, empty, tiles, row, batch, far, s, b, n, K, D: gl.constexpr,
+            WINDOW: gl.constexpr, FAR: gl.constexpr):
+    """Four warps: tile after tile, left and right columns, as soon as they are free."""
     BLOCK_N: gl.constexpr = keys.shape[1]
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     by_row: gl.constexpr = gl.SliceLayout(1, copies)
-    d = gl.arange(0, D, gl.SliceLayout(0, copies))
     half = gl.arange(0, D // 2, gl.SliceLayout(0, copies))
-    head = first_head + gl.arange(0, BLOCK_H, by_row)
-    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
-    here = (head[:, None] < H) & (d[None, :] < D)
     pointers = key_rows(kv, compressed, selected, 0, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N, by_row)
-    async_copy.async_copy_global_to_shared(queries, q + numbers, mask=here)
-    async_copy.mbarrier_arrive(arrived.index(0), increment_count=False)
     for tile in range(tiles):
-        ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N, by_row)
+        ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
+                         by_row)
         for side in gl.static_range(2):
             mbarrier.wait(empty.index(side), (tile + 1) % 2)
             columns = pointers[:, None] + (side * (D // 2) + half)[None, :]
             async_copy.async_copy_global_to_shared(keys.index(side), columns)
             async_copy.mbarrier_arrive(full.index(side), increment_count=False)
-        if tile == 0:
-            async_copy.async_copy_global_to_shared(douts, dout + numbers, mask=here)
-            async_copy.mbarrier_arrive(arrived.index(1), increment_count=False)
         pointers = ahead
 
 
@@ -64,6 +55,13 @@ def _products(rows, keys, full, tile, scores: gl.constexpr):
     fence_async_shared()
     product = warpgroup_mma(rows.slice(HALF, HALF, 1), keys.index(1).permute((1, 0)), product, is_async=True)
     return warpgroup_mma_wait(0, deps=(product,))
+
+
+@gluon.jit
+def _key_part(queries, douts, weights, dscores, none, COLUMN: gl.constexpr, PIECE: gl.constexpr):
+    """Start the gradient of a tile's keys in PIECE columns."""
+    part = warpgroup_mma(weights.permute((1, 0)), douts.slice(COLUMN, PIECE, 1), none, use_acc=False, is_async=True)
+    return warpgroup_mma(dscores.permute((1, 0)), queries.slice(COLUMN, PIECE, 1), part, is_async=True)
 
 
 @gluon.jit
@@ -87,8 +85,7 @@ def _add_half(dquery, parts, queries, douts, keys, weights, dscores, empty, tile
     target += SIDE * HALF + gl.arange(0, PIECE, gl.SliceLayout(0, stores))[None, :]
     fence_async_shared()
     dquery = warpgroup_mma(dscores, keys.index(SIDE), dquery, is_async=True)
-    part = warpgroup_mma(weights.permute((1, 0)), douts.slice(SIDE * HALF, PIECE, 1), none, use_acc=False, is_async=True)
-    part = warpgroup_mma(dscores.permute((1, 0)), queries.slice(SIDE * HALF, PIECE, 1), part, is_async=True)
+    part = _key_part(queries, douts, weights, dscores, none, SIDE * HALF, PIECE)
     dquery = warpgroup_mma_wait(2, deps=(dquery,))
     gl.thread_barrier()
     mbarrier.arrive(empty.index(SIDE))
@@ -96,29 +93,9 @@ def _add_half(dquery, parts, queries, douts, keys, weights, dscores, empty, tile
         part = warpgroup_mma_wait(0, deps=(part,))
         done = part.to(dtype)
         if piece + 1 < HALF // PIECE:
-            part = warpgroup_mma(weights.permute((1, 0)), douts.slice(SIDE * HALF + (piece + 1) * PIECE, PIECE, 1), none,
-                                 use_acc=False, is_async=True)
-            part = warpgroup_mma(dscores.permute((1, 0)), queries.slice(SIDE * HALF + (piece + 1) * PIECE, PIECE, 1), part,
-                                 is_async=True)
+            part = _key_part(queries, douts, weights, dscores, none, SIDE * HALF + (piece + 1) * PIECE, PIECE)
         gl.store(target + piece * PIECE, gl.convert_layout(done, stores))
     return dquery
-
-
-@gluon.jit
-def _write_half(dq, queries, dquery, row, batch, first_head, b, H, SIDE: gl.constexpr):
-    """Half of the columns of the query's gradient, through the query's memory."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
-    D: gl.constexpr = queries.shape[1]
-    HALF: gl.constexpr = D // 2
-    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    mine = queries.slice(SIDE * HALF, HALF, 1)
-    gl.thread_barrier()
-    mine.store(dquery.to(queries.dtype))
-    gl.thread_barrier()
-    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
-    d = SIDE * HALF + gl.arange(0, HALF, gl.SliceLayout(0, copies))
-    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
-    gl.store(dq + numbers, mine.load(copies), (head[:, None] < H) & (d[None, :] < D))
 
 
 @gluon.jit
@@ -151,7 +128,7 @@ def _weigh(selected, lse, dq, parts, queries, douts, keys, weights, dscores, arr
                            PIECE, 0)
         gl.thread_barrier()
         mbarrier.arrive(free.index(0))
-    _write_half(dq, queries, dquery, row, batch, first_head, b, H, 0)
+    write_half(dq, queries, dquery, row, batch, first_head, b, H, 0)
 
 
 @gluon.jit
@@ -197,7 +174,7 @@ def _differentiate(sink, out, lse, dq, dsinks, parts, queries, douts, keys, weig
                            PIECE, 1)
         gl.thread_barrier()
         mbarrier.arrive(free.index(1))
-    _write_half(dq, queries, dquery, row, batch, first_head, b, H, 1)
+    write_half(dq, queries, dquery, row, batch, first_head, b, H, 1)
 
 
 @gluon.jit
@@ -208,8 +185,6 @@ def backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, part
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = q.dtype.element_ty
     row, batch = first + gl.program_id(0), gl.program_id(1)
-    far = far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
-    tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
     target = parts + (gl.program_id(0).to(gl.int64) * b + batch) * slots * D
     queries = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
     douts = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
@@ -219,11 +194,16 @@ def backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, part
     arrived, full, empty = barriers(2, 128), barriers(2, 128), barriers(2, 1)
     ready, scored, free = barriers(1, 1), barriers(1, 1), barriers(2, 1)
     gl.thread_barrier()
+    fetch(q, queries, arrived.index(0), row, batch, first_head, b, H)
+    fetch(dout, douts, arrived.index(1), row, batch, first_head, b, H)
+    far = far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
+    tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
     gl.warp_specialize([
-        (_weigh, (selected, lse, dq, target, queries, douts, keys, weights, dscores, arrived, full, empty, ready.index(0),
-                  scored.index(0), free, tiles, row, batch, first_head, far, s, b, n, K, H, scale, D, WINDOW, FAR, PIECE)),
-        (_differentiate, (sink, out, lse, dq, dsinks, target, queries, douts, keys, weights, dscores, arrived, full, empty,
-                          ready.index(0), scored.index(0), free, tiles, row, batch, first_head, b, H, scale, D, PIECE)),
-        (_gather, (q, dout, kv, compressed, selected, queries, douts, keys, arrived, full, empty, tiles, row, batch,
-                   first_head, far, s, b, n, K, H, D, WINDOW, FAR)),
+        (_weigh, (selected, lse, dq, target, queries, douts, keys, weights, dscores, arrived, full, empty,
+                  ready.index(0), scored.index(0), free, tiles, row, batch, first_head, far, s, b, n, K, H, scale, D,
+                  WINDOW, FAR, PIECE)),
+        (_differentiate, (sink, out, lse, dq, dsinks, target, queries, douts, keys, weights, dscores, arrived, full,
+                          empty, ready.index(0), scored.index(0), free, tiles, row, batch, first_head, b, H, scale, D,
+                          PIECE)),
+        (_gather, (kv, compressed, selected, keys, full, empty, tiles, row, batch, far, s, b, n, K, D, WINDOW, FAR)),
     ], [4, 4], [SCORE_REGISTERS, GATHER_REGISTERS])

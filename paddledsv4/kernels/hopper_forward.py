@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, key_exists, key_rows
+from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, fetch, key_exists, key_rows, write_half
 
 SUM_REGISTERS, GATHER_REGISTERS = gl.constexpr(184), gl.constexpr(80)
 
@@ -32,19 +32,13 @@ def _weigh(score, exists, top, scale):
 
 
 @gluon.jit
-def _gather(q, kv, compressed, selected, queries, keys, arrived, full, empty, tiles, row, batch, first_head, far, s, b,
-            n, K, H, D: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr):
-    """Four warps: the query, then half tile after half tile, left and right columns, as soon as its buffer is free."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
+def _gather(kv, compressed, selected, keys, full, empty, tiles, row, batch, far, s, b, n, K, D: gl.constexpr,
+            WINDOW: gl.constexpr, FAR: gl.constexpr):
+    """Four warps: half tile after half tile, left and right columns, as soon as its buffer is free."""
     BLOCK_N: gl.constexpr = keys.shape[1]
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     by_row: gl.constexpr = gl.SliceLayout(1, copies)
-    d = gl.arange(0, D, gl.SliceLayout(0, copies))
     half = gl.arange(0, D // 2, gl.SliceLayout(0, copies))
-    head = first_head + gl.arange(0, BLOCK_H, by_row)
-    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
-    async_copy.async_copy_global_to_shared(queries, q + numbers, mask=(head[:, None] < H) & (d[None, :] < D))
-    async_copy.mbarrier_arrive(arrived, increment_count=False)
     pointers = key_rows(kv, compressed, selected, 0, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N, by_row)
     for tile in range(tiles):
         ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
@@ -84,22 +78,6 @@ def _hand_over(weights, shrinks, ready, taken, tile, weight, shrink):
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(ready.index(tile % 2))
-
-
-@gluon.jit
-def _write_half(out, queries, value, row, batch, first_head, b, H, SIDE: gl.constexpr):
-    """Half of the columns of the result, through the memory of the query."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
-    D: gl.constexpr = queries.shape[1]
-    HALF: gl.constexpr = D // 2
-    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    mine = queries.slice(SIDE * HALF, HALF, 1)
-    mine.store(value)
-    gl.thread_barrier()
-    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
-    d = SIDE * HALF + gl.arange(0, HALF, gl.SliceLayout(0, copies))
-    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
-    gl.store(out + numbers, mine.load(copies), (head[:, None] < H) & (d[None, :] < D))
 
 
 @gluon.jit
@@ -148,7 +126,7 @@ def _attend(selected, sink, out, lse, queries, keys, weights, shrinks, arrived, 
     mbarrier.arrive(ready.index(tiles % 2))
     value = warpgroup_mma_wait(0, deps=(value,))
     value = value * gl.convert_layout(1.0 / total, wide)[:, None]
-    _write_half(out, queries, value.to(dtype), row, batch, first_head, b, H, 0)
+    write_half(out, queries, value, row, batch, first_head, b, H, 0)
 
 
 @gluon.jit
@@ -170,7 +148,7 @@ def _sum_right(out, queries, keys, weights, shrinks, full, empty, ready, taken, 
         mbarrier.arrive(empty.index(tile % 2 * 2 + 1))
     mbarrier.wait(ready.index(tiles % 2), tiles // 2 % 2)
     value = value * shrinks.index(tiles % 2).load(wide)[:, None]
-    _write_half(out, queries, value.to(queries.dtype), row, batch, first_head, b, H, 1)
+    write_half(out, queries, value, row, batch, first_head, b, H, 1)
 
 
 @gluon.jit
@@ -182,22 +160,20 @@ def forward(q, kv, compressed, selected, sink, out, lse, s, b, n, g, K, H, D: gl
     dtype: gl.constexpr = q.dtype.element_ty
     row, batch = gl.program_id(0), gl.program_id(1)
     first_head = gl.program_id(2) * BLOCK_H
-    far = far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
-    tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
     queries = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
     keys = gl.allocate_shared_memory(dtype, [4, BLOCK_N, D // 2], shared)
     weights = gl.allocate_shared_memory(dtype, [2, BLOCK_H, BLOCK_N], shared)
     shrinks = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(arrived, 128)
-    full, empty = barriers(4, 128), barriers(4, 1)
+    arrived, full, empty = barriers(1, 128), barriers(4, 128), barriers(4, 1)
     ready, taken = barriers(2, 1), barriers(2, 1)
     gl.thread_barrier()
+    fetch(q, queries, arrived.index(0), row, batch, first_head, b, H)
+    far = far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
+    tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
     gl.warp_specialize([
-        (_attend, (selected, sink, out, lse, queries, keys, weights, shrinks, arrived, full, empty, ready, taken, tiles,
-                   row, batch, first_head, far, s, b, n, K, H, scale, D, WINDOW, FAR)),
+        (_attend, (selected, sink, out, lse, queries, keys, weights, shrinks, arrived.index(0), full, empty, ready,
+                   taken, tiles, row, batch, first_head, far, s, b, n, K, H, scale, D, WINDOW, FAR)),
         (_sum_right, (out, queries, keys, weights, shrinks, full, empty, ready, taken, tiles, row, batch, first_head, b,
                       H, D)),
-        (_gather, (q, kv, compressed, selected, queries, keys, arrived, full, empty, tiles, row, batch, first_head, far,
-                   s, b, n, K, H, D, WINDOW, FAR)),
+        (_gather, (kv, compressed, selected, keys, full, empty, tiles, row, batch, far, s, b, n, K, D, WINDOW, FAR)),
     ], [4, 4], [SUM_REGISTERS, GATHER_REGISTERS])

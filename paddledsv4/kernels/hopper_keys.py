@@ -1,9 +1,10 @@
-"""``attention_keys`` in Gluon, and the barriers of its kernels."""
+"""What both of Hopper's kernels need: ``attention_keys`` in Gluon, barriers, and how a result leaves."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -67,3 +68,33 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), ARRIVALS)
     return barriers
+
+
+@gluon.jit
+def fetch(x, buffer, arrived, row, batch, first_head, b, H):
+    """Start to copy the heads of a query, of x [s, b, H, D], into ``buffer``. Four warps."""
+    BLOCK_H: gl.constexpr = buffer.shape[0]
+    D: gl.constexpr = buffer.shape[1]
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    d = gl.arange(0, D, gl.SliceLayout(0, copies))
+    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
+    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
+    async_copy.async_copy_global_to_shared(buffer, x + numbers, mask=(head[:, None] < H) & (d[None, :] < D))
+    async_copy.mbarrier_arrive(arrived, increment_count=False)
+
+
+@gluon.jit
+def write_half(out, queries, value, row, batch, first_head, b, H, SIDE: gl.constexpr):
+    """Half of the columns of a result [s, b, H, D], through the same half of the query's memory. Four warps."""
+    BLOCK_H: gl.constexpr = queries.shape[0]
+    D: gl.constexpr = queries.shape[1]
+    HALF: gl.constexpr = D // 2
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    mine = queries.slice(SIDE * HALF, HALF, 1)
+    gl.thread_barrier()
+    mine.store(value.to(queries.dtype))
+    gl.thread_barrier()
+    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
+    d = SIDE * HALF + gl.arange(0, HALF, gl.SliceLayout(0, copies))
+    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
+    gl.store(out + numbers, mine.load(copies), (head[:, None] < H) & (d[None, :] < D))

@@ -114,7 +114,8 @@ def forward(carrier: Carrier, query: T, key: T, weights: T, causal: tuple[int, i
     s, b, heads, d = query.shape
     g = key.shape[0]
     scores = carrier.empty([b, s, g], "float32", query)
-    options = {"BLOCK_G": min(max(triton.next_power_of_2(g), 16), 256), "ROWS": 64, "num_warps": 8, "num_stages": 3} | options
+    block = min(max(triton.next_power_of_2(g), 16), 256)
+    options = {"BLOCK_G": block, "ROWS": 64, "num_warps": 8, "num_stages": 3} | options
     ratio, offset = causal or (1, 0)
     grid = triton.cdiv(g, options["BLOCK_G"]), triton.cdiv(s, options["ROWS"]), b
     carrier.launch(_forward, grid, query, key, weights, scores, s, b, g, heads, d, d**-0.5, ratio, offset,

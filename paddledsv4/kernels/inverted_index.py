@@ -102,8 +102,9 @@ class KeyGradients:
         self.counts = self.carrier.empty(shape[:2], "int32", self.kv)
         self.carrier.launch(_place, (rows, self.b), self.selected, places, first, rows, self.s, self.groups, width,
                             BLOCK_K=triton.next_power_of_2(width), num_warps=4)
+        block = min(triton.next_power_of_2(rows), 1024)
         self.carrier.launch(_invert, (self.groups, self.b), places, self.lists, self.counts, rows, self.groups, self.b,
-                            self.slots, NEAR_SLOTS=self.near, BLOCK=min(triton.next_power_of_2(rows), 1024), num_warps=4)
+                            self.slots, NEAR_SLOTS=self.near, BLOCK=block, num_warps=4)
 
     def add(self, parts: T, first: int, rows: int) -> None:
         """Add ``parts`` [rows, b, slots, D] of the queries from ``first`` on."""

@@ -109,7 +109,7 @@ def test_refusals():
     with pytest.raises(UserError, match="the fused packed_linear takes float32 or bfloat16"):
         module.grouped_packed_linear(x, paddle.to_tensor([4]), *tensors)
     with pytest.raises(UserError, match="rows of a multiple of 16 bytes, not 6 numbers of float32"):
-        few = [[t[:6] for t in pair] for pair in tensors]
+        few = [tensors[0][0][:6]], [tensors[1][0][:6]]
         module.grouped_packed_linear(x.astype("float32"), paddle.to_tensor([4]), *few)
     with pytest.raises(ValueError, match="do not belong to packed weights"):
         module.grouped_packed_linear(x.astype("float32"), paddle.to_tensor([4]), tensors[0], [paddle.ones([64, 2])])

@@ -40,8 +40,8 @@ def inputs(kind="selected", rows=5, batch=1, heads=3, d=6, groups=3, before=0, d
             chosen = np.random.default_rng(b * rows + i).permutation(min((before + i + 1) // 2, groups))[:2]
             selected[b, i, : len(chosen)] = chosen
         selected = paddle.to_tensor(selected)
-    query, kv, sink = paddle.randn([rows, batch, heads, d]), paddle.randn([before + rows, batch, d]), paddle.randn([heads])
-    dout = paddle.randn([rows, batch, heads * d])
+    shapes = [rows, batch, heads, d], [before + rows, batch, d], [heads], [rows, batch, heads * d]
+    query, kv, sink, dout = (paddle.randn(shape) for shape in shapes)
     query, kv, dout = (x.astype(dtype) for x in (query, kv, dout))
     return [query, kv, compressed if compressed is None else compressed.astype(dtype), selected, sink, dout]
 
