@@ -71,7 +71,7 @@ def table(rows: list[dict], title: str) -> Table:
     for heading in ("CPU s a step, median", "fastest", "of a step"):
         result.add_column(heading, justify="right")
     for row in rows:
-        share = f"{row['share']:+.1%}" if row["mode"] in MODES else f"{row['share']:.5%}"
+        share = f"{row['share']:+.1%}" if row["mode"] in MODES else f"{row['share']:+.5%}"
         result.add_row(row["mode"], f"{row['seconds']:.6f}", f"{row['fastest']:.6f}", share)
     return result
 

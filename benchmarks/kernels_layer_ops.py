@@ -76,6 +76,7 @@ class Fused:
 
     @op
     def rope(self, x, cos, sin, inverse):
+        cos, sin = cos.contiguous(), sin.contiguous()
         turn = lambda x, back: rope.rotate(C, x.contiguous(), cos, sin, back)  # noqa: E731
         return turn(x, inverse), lambda dy: (turn(dy, not inverse), None, None, None)
 
@@ -142,7 +143,7 @@ class Plain:
         return plain.rope(x, cos, -sin if inverse else sin)
 
     def compress(self, kv, score, ape, ratio):
-        return plain.compress(kv, score, ape, ratio, True)
+        return plain.compress(kv[:, None], score[:, None], ape, ratio, True)[:, 0]
 
     def select(self, query, key, weights, z):
         chosen = []

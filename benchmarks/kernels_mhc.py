@@ -107,7 +107,8 @@ def norms(tokens: int) -> Iterator[Case]:
     yield from both_ways(
         f"rms_norm {HIDDEN}, {tokens}", plain.rms_norm, [x, w],
         lambda c: rms_norm.forward(c, x, w, EPS), lambda c, dy: rms_norm.backward(c, dy, x, w, EPS),
-        {"liger": peers.liger_norm(x, w), "quack": peers.quack_norm(x, w)}, {"liger": peers.liger_norm_backward(x, w, dy)},
+        {"liger": peers.liger_norm(x, w), "quack": peers.quack_norm(x, w)},
+        {"liger": peers.liger_norm_backward(x, w, dy)},
     )
     q, turns = draw(tokens * HEADS, HEAD), (draw32(tokens, ROTARY // 2), draw32(tokens, ROTARY // 2))
     yield from both_ways(
@@ -178,7 +179,6 @@ def connections(tokens: int) -> Iterator[Case]:
         f"hc_project {gates} of {n} x {HIDDEN}, {tokens}", plain.project, [x, w],
         lambda c: hc_mapping.project(c, x, w, EPS),
         lambda c, dproj, dr: hc_mapping.project_backward(c, dproj, dr, x, w, r, root),
-        {"liger": peers.liger_project(x, w)}, {"liger": peers.liger_project_backward(x, w)},
     )
     alphas, bias = [draw32(1) for _ in range(3)], draw32(gates)
     yield from both_ways(

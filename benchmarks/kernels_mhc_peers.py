@@ -1,5 +1,7 @@
 """Calls of other libraries' kernels for benchmarks/kernels_mhc.py: each gives a function that imports the library,
-prepares its inputs, and returns what is to be timed. Where a library does something a little different, it is said."""
+prepares its inputs, and returns what is to be timed. Where a library does something a little different, it is said.
+
+liger-kernel's mHC projection is left out: its kernel is unrolled over all features and compiles for over a minute."""
 
 from __future__ import annotations
 
@@ -48,30 +50,6 @@ def liger_swiglu_backward(x, dy):
         from liger_kernel.ops.swiglu import swiglu_fused_gate_up_backward
 
         return lambda: swiglu_fused_gate_up_backward(x, dy)
-
-    return make
-
-
-def liger_project(x, w):
-    """Its norm is applied: proj r, with eps inside the root. Its weight is transposed."""
-    def make():
-        from liger_kernel.ops.mhc import mhc_mm_norm_fwd
-
-        phi = w.T.contiguous()
-        return lambda: mhc_mm_norm_fwd(x, phi, 1e-6)
-
-    return make
-
-
-def liger_project_backward(x, w):
-    """With atomics."""
-    def make():
-        from liger_kernel.ops.mhc import mhc_mm_norm_bwd, mhc_mm_norm_fwd
-
-        phi = w.T.contiguous()
-        mix, r = mhc_mm_norm_fwd(x, phi, 1e-6)
-        dmix = torch.randn_like(mix)
-        return lambda: mhc_mm_norm_bwd(x, phi, mix, r, dmix)
 
     return make
 

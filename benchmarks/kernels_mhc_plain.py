@@ -1,4 +1,4 @@
-"""The operations of benchmarks/kernels_mhc.py in plain torch: the definition in float64, or what is unfused in bfloat16."""
+"""The operations of benchmarks/kernels_mhc.py in plain torch: in float64 the definition, in bfloat16 the unfused."""
 
 from __future__ import annotations
 

@@ -10,8 +10,11 @@ class UserError(Exception):
     """A mistake in what the user asked for: one sentence with the field, the value and what is legal.
 
     The command line prints ``error: <message>`` and exits 2; anything else that escapes is a bug and keeps
-    its trace.
+    its trace. Whatever words of a file or a library it quotes, it is one line.
     """
+
+    def __str__(self) -> str:
+        return " ".join(line.strip() for line in super().__str__().splitlines())
 
 
 _REPR = reprlib.Repr()

@@ -85,9 +85,9 @@ class DeepseekV4Model(nn.Layer):
         for depth, layer in enumerate(self.mtp.layers):
             ids, targets, mask = (documents.roll_left(x, context.sequence) for x in (ids, targets, mask))
             ahead, streams = layer(streams, self.embedding(ids, mtp_tables[depth]), context)
-            mtp.append(self.token_losses(ahead, mtp_heads[depth], targets))
+            mtp.append(self.token_losses(ahead, mtp_heads[depth], targets, mask))
             masks.append(mask)
-        return Losses(self.token_losses(hidden, head, labels), loss_mask, mtp, masks)
+        return Losses(self.token_losses(hidden, head, labels, loss_mask), loss_mask, mtp, masks)
 
     def learned_routers(self) -> list:
         """Routers whose bias is updated after every step."""

@@ -8,15 +8,16 @@ from types import SimpleNamespace
 from paddle import Tensor
 
 from paddledsv4.errors import UserError
-from paddledsv4.fusions.linear_cross_entropy import linear_cross_entropy
+from paddledsv4.fusions.linear_cross_entropy import fused_linear_cross_entropy, linear_cross_entropy
 from paddledsv4.tensor_parallel.layers import ColumnParallelLinear
 from paddledsv4.transformer.build import Build
 
-HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+HeadLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def head_loss(build: Build, ops: SimpleNamespace, head: ColumnParallelLinear, fused: bool) -> HeadLoss:
-    """hidden [s, b, C] at rest, weight of the head [V, C], labels [b, s] -> losses [b, s].
+    """hidden [s, b, C] at rest, weight of the head [V, C], labels and mask [b, s] -> losses [b, s], whose gradient has
+    to be a multiple of the mask.
 
     The ``fused`` form takes the variant that the switch ``cross_entropy`` names, ``paddle`` where it has none.
 
@@ -30,6 +31,8 @@ def head_loss(build: Build, ops: SimpleNamespace, head: ColumnParallelLinear, fu
         )
     if fused:
         ops.linear_cross_entropy = build.follow(linear_cross_entropy)
-        return lambda hidden, weight, labels: ops.linear_cross_entropy(hidden, weight, labels)
+        if ops.linear_cross_entropy is fused_linear_cross_entropy:
+            return lambda hidden, weight, labels, mask: ops.linear_cross_entropy(hidden, weight, labels, mask)
+        return lambda hidden, weight, labels, mask: ops.linear_cross_entropy(hidden, weight, labels)
     enter = build.tensor.enter
-    return lambda hidden, weight, labels: ops.cross_entropy(head(enter(hidden), weight), labels)
+    return lambda hidden, weight, labels, mask: ops.cross_entropy(head(enter(hidden), weight), labels)

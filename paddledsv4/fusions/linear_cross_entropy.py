@@ -113,24 +113,62 @@ def megatron_linear_cross_entropy(K, hidden, weight, labels):
     return K.contiguous(K.permute(K.cat(losses, 0).reshape([s, b]), 1, 0)), backward
 
 
-@linear_cross_entropy.variant("fused", "Triton kernels: logits in registers, backward by blocks of the vocabulary",
+@linear_cross_entropy.variant("fused", "Triton kernels: logits in registers, or three products where a mask is known",
                               needs="triton", refuses=refusal)
-@differentiable
-def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor):
+def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
     """hidden [s, b, C], weight [V, C], labels [b, s] -> losses [b, s] in float32.
+
+    mask [b, s]: says that the losses' gradient will be a multiple of it. Both gradients are then computed with the
+    losses, and the logits once instead of twice. Where the gradient is none, theirs are NaN.
 
     Raises:
         UserError: hidden and weight are not both float32 or both bfloat16, or their rows have no multiple of 16 bytes.
     """
+    check_rows("the fused linear_cross_entropy", hidden, weight)
+    train = not weight.stop_gradient
+    wanted = paddle.is_grad_enabled() and (train or not hidden.stop_gradient)
+    if wanted and mask is not None:
+        return _at_once(hidden, weight, labels, mask=mask, train=train)
+    return _later(hidden, weight, labels, train=train)
+
+
+@differentiable
+def _later(hidden: Tensor, weight: Tensor, labels: Tensor, *, train: bool):
+    """The gradients when that of the losses is there."""
     from paddledsv4.kernels import linear_cross_entropy as kernel
 
     s, b, width = hidden.shape
-    check_rows("the fused linear_cross_entropy", hidden, weight)
     x, target = hidden.reshape([-1, width]), labels.t().reshape([-1])
     losses, logs = kernel.forward(CARRIER, x, weight, target)
 
     def backward(dloss):
-        dx, dw = kernel.backward(CARRIER, dloss.t().reshape([-1]), x, weight, target, logs)
+        dx, dw = kernel.backward(CARRIER, dloss.t().reshape([-1]), x, weight, target, logs, train)
         return dx.reshape(hidden.shape), dw, None
 
     return losses.reshape([s, b]).t(), backward
+
+
+@differentiable
+def _at_once(hidden: Tensor, weight: Tensor, labels: Tensor, *, mask: Tensor, train: bool):
+    """The gradients of sum(losses mask), to be multiplied with what comes."""
+    from paddledsv4.kernels import linear_cross_entropy as kernel
+
+    s, b, width = hidden.shape
+    mask = mask.astype("float32")
+    losses, dx, dw = kernel.losses_and_gradients(
+        CARRIER, hidden.reshape([-1, width]), weight, labels.t().reshape([-1]), mask.t().reshape([-1]), train
+    )
+
+    def backward(dloss):
+        factor = multiple(dloss, mask)
+        of_weight = (dw * factor).astype(weight.dtype) if train else None
+        return (dx.reshape(hidden.shape) * factor).astype(hidden.dtype), of_weight, None
+
+    return losses.reshape([s, b]).t(), backward
+
+
+def multiple(values: Tensor, mask: Tensor) -> Tensor:
+    """The factor by which values are the mask, NaN if there is none; a tensor, so that no one waits for the device."""
+    factor = (values * mask).sum() / (mask * mask).sum().clip(min=1e-30)
+    off = (values - factor * mask).abs().max() > 1e-5 * values.abs().max()
+    return paddle.where(off, paddle.full_like(factor, float("nan")), factor)

@@ -16,7 +16,7 @@ import paddle
 from paddle import Tensor
 
 from paddledsv4.fusions.launcher import CARRIER
-from paddledsv4.fusions.support import check_rows, refusal
+from paddledsv4.fusions.support import check_rows, check_width, refusal
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.numerics.megatron import megatron_order
 from paddledsv4.numerics.registry import follower
@@ -75,10 +75,11 @@ def grouped_packed_linear(x: Tensor, counts: Tensor, packed: Sequence[Tensor], s
     fused kernel.
 
     Raises:
-        UserError: x is neither float32 nor bfloat16.
+        UserError: x is neither float32 nor bfloat16, or a row of the result has no multiple of 16 bytes.
         ValueError: weights that x does not fit, or scales that do not belong to them.
     """
     check_rows("the fused packed_linear", x)
+    check_width("the fused packed_linear", packed[0].shape[0], x)
     for pair in zip(packed, scales, strict=True):
         check_scales(*pair)
     if x.shape[-1] != 2 * packed[0].shape[1]:

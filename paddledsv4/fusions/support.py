@@ -35,9 +35,14 @@ def check_rows(what: str, *tensors: Tensor) -> None:
         raise UserError(f"{what} takes float32 or bfloat16 tensors of one dtype, not {', '.join(sorted(dtypes))}; "
                         "choose another variant")  # fmt: skip
     for x in tensors:
-        if x.shape[-1] * x.element_size() % 16:
-            raise UserError(f"{what} takes rows of a multiple of 16 bytes, not {x.shape[-1]} numbers of "
-                            f"{dtype_name(x)}; choose another variant or another size")  # fmt: skip
+        check_width(what, x.shape[-1], x)
+
+
+def check_width(what: str, width: int, like: Tensor) -> None:
+    """Raises UserError: rows of ``width`` numbers of the dtype of ``like`` have no multiple of 16 bytes."""
+    if width * like.element_size() % 16:
+        raise UserError(f"{what} takes rows of a multiple of 16 bytes, not {width} numbers of {dtype_name(like)}; "
+                        "choose another variant or another size")  # fmt: skip
 
 
 def flat(x: Tensor, *inner: int) -> Tensor:

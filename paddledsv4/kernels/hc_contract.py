@@ -94,7 +94,7 @@ def forward(carrier: Carrier, streams: T, fn: T, base: T, scale: T, eps: float) 
 
 def backward(carrier: Carrier, dy: T, through: T, streams: T, fn: T, base: T, scale: T, gate: T, p: T, q: T,
              eps: float) -> tuple[T, T, T, T]:
-    """dy [rows, C], ``through`` [rows, n*C]: what comes to the streams from elsewhere -> dstreams, dfn, dbase, dscale."""
+    """dy [rows, C], ``through`` [rows, n*C]: the gradient from whoever goes on -> dstreams, dfn, dbase, dscale."""
     (rows, width), n = streams.shape, fn.shape[0]
     each = triton.cdiv(rows, 1024)
     count = triton.cdiv(rows, each)

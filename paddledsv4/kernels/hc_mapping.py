@@ -21,7 +21,7 @@ PROGRAMS = 256, 512  # at least so many programs, forward and backward, for few 
 
 @triton.jit
 def product(a, b, total, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, TERMS: tl.constexpr):
-    """total + a b in float32. A split factor is float32 and cut here, the other one is bfloat16; or both are float32."""
+    """total + a b in float32. A split factor is float32 and cut here, the other is bfloat16; or both are float32."""
     if SPLIT_A and SPLIT_B:  # to about 16 bits
         high, upper = a.to(tl.bfloat16), b.to(tl.bfloat16)
         total = tl.dot(high, upper, total)
@@ -98,7 +98,7 @@ def _project_backward(x, w, dproj, dr, r, root, through, gate, dy, dx, parts, ro
         factor = tl.load(dr + t, t < rows, 0.0)
         if not HEAD:
             scale, size = tl.load(r + t, t < rows, 0.0), tl.load(root + t, t < rows, 0.0)
-            factor = tl.where(size > 0.0, -factor * scale * scale / (K * size), 0.0)
+            factor = tl.where(size > 0.0, -factor * scale * scale / (K * tl.where(size > 0.0, size, 1.0)), 0.0)
         g = v.to(tl.float32) * factor[:, None]
         if HEAD:
             g += tl.load(through + at, inside, 0.0).to(tl.float32)

@@ -190,21 +190,23 @@ def _losses(carrier: Carrier, x: T, weight: T, labels: T, block: T | None, top: 
                    triton.cdiv(vocabulary, columns), TOKENS=32, PARTS=64, num_warps=4)
 
 
-def backward(carrier: Carrier, dloss: T, x: T, weight: T, labels: T, logs: T) -> tuple[T, T]:
-    """dloss [tokens] and what ``forward`` had and gave -> dx [tokens, C], dW [V, C] in their dtypes."""
+def backward(carrier: Carrier, dloss: T, x: T, weight: T, labels: T, logs: T, train: bool = True) -> tuple[T, T | None]:
+    """dloss [tokens] and what ``forward`` had and gave -> dx [tokens, C], dW [V, C] in their dtypes; unless it is to
+    ``train``, no dW."""
     (tokens, width), vocabulary, dtype, programs = x.shape, weight.shape[0], carrier.dtype(x), multiprocessors()
     config = _config(dtype)
     rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
     size = min(max(BLOCK // tokens // columns, 1), triton.cdiv(vocabulary, columns)) * columns
     block, sum_dx = carrier.empty([tokens, size], dtype, x), carrier.empty(x.shape, "float32", x)
-    dx, dw = carrier.empty(x.shape, dtype, x), carrier.empty(weight.shape, dtype, weight)
+    dx, dw = carrier.empty(x.shape, dtype, x), carrier.empty(weight.shape, dtype, weight) if train else None
     for first in range(0, vocabulary, size):
         count = min(size, vocabulary - first)
         carrier.launch(_gradient, (programs,), carrier.tiles(x, [rows, depth]), carrier.tiles(weight, [columns, depth]),
                        carrier.tiles(block, [rows, columns]), labels, logs, dloss, tokens, first, count, vocabulary,
                        width, PROGRAMS=programs, **config)
-        carrier.launch(_dw, (programs,), carrier.tiles(block, [depth, rows]), carrier.tiles(x, [depth, columns]),
-                       carrier.tiles(dw, [rows, columns]), tokens, first, count, width, PROGRAMS=programs, **config)
+        if train:
+            carrier.launch(_dw, (programs,), carrier.tiles(block, [depth, rows]), carrier.tiles(x, [depth, columns]),
+                           carrier.tiles(dw, [rows, columns]), tokens, first, count, width, PROGRAMS=programs, **config)
         carrier.launch(_product, (triton.cdiv(tokens, rows) * triton.cdiv(width, columns),),
                        carrier.tiles(block, [rows, depth]), carrier.tiles(weight, [depth, columns]),
                        carrier.tiles(dx, [rows, columns]), sum_dx, tokens, width, count, first, 0, TRANSPOSE=False,
@@ -212,7 +214,9 @@ def backward(carrier: Carrier, dloss: T, x: T, weight: T, labels: T, logs: T) ->
     return dx, dw
 
 
-def losses_and_gradients(carrier: Carrier, x: T, weight: T, labels: T, dloss: T) -> tuple[T, T, T]:
+def losses_and_gradients(
+    carrier: Carrier, x: T, weight: T, labels: T, dloss: T, train: bool = True
+) -> tuple[T, T, T | None]:
     """As ``forward`` and ``backward`` in one -> losses, dx, dW."""
     (tokens, width), vocabulary, dtype = x.shape, weight.shape[0], carrier.dtype(x)
     config = _config(dtype)
@@ -222,8 +226,8 @@ def losses_and_gradients(carrier: Carrier, x: T, weight: T, labels: T, dloss: T)
     block = carrier.empty([size, parts * columns], dtype, x)
     top, total = (carrier.empty([parts, size], "float32", x) for _ in range(2))
     picked, losses, logs = (carrier.empty([tokens], "float32", x) for _ in range(3))
-    dx, dw = carrier.empty(x.shape, dtype, x), carrier.empty(weight.shape, dtype, weight)
-    sum_dw = carrier.empty(weight.shape if tokens > size else [1], "float32", weight)
+    dx, dw = carrier.empty(x.shape, dtype, x), carrier.empty(weight.shape, dtype, weight) if train else None
+    sum_dw = carrier.empty(weight.shape if train and tokens > size else [1], "float32", weight)
     for start in range(0, tokens, size):
         count, last = min(size, tokens - start), start + size >= tokens
         _losses(carrier, x, weight, labels, block, top, total, picked, losses, logs, start, count)
@@ -233,6 +237,8 @@ def losses_and_gradients(carrier: Carrier, x: T, weight: T, labels: T, dloss: T)
                        carrier.tiles(block, [rows, depth]), carrier.tiles(weight, [depth, columns]),
                        carrier.tiles(dx, [rows, columns]), sum_dw, count, width, vocabulary, 0, start,
                        TRANSPOSE=False, FIRST=True, LAST=True, **config)
+        if not train:
+            continue
         carrier.launch(_product, (triton.cdiv(vocabulary, rows) * triton.cdiv(width, columns),),
                        carrier.tiles(block, [depth, rows]), carrier.tiles(x, [depth, columns]),
                        carrier.tiles(dw, [rows, columns]), sum_dw, vocabulary, width, count, start, 0,

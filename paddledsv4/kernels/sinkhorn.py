@@ -1,7 +1,7 @@
 """Sinkhorn normalisation of n x n matrices in registers: softmax, then columns and rows in turn. Spec section 4.3.
 
-eps is added to the entries after the softmax, and to every sum. Backward computes the iterations anew and keeps one over
-their sums, 2n numbers an iteration; the matrices come back from the last one by dividing by these.
+eps is added to the entries after the softmax, and to every sum. Backward computes the iterations anew and keeps one
+over their sums, 2n numbers an iteration; the matrices come back from the last one by dividing by these.
 """
 
 from __future__ import annotations

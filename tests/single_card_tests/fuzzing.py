@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from paddledsv4.errors import UserError
 
 EXAMPLES = pytest.mark.parametrize(
-    "examples", [pytest.param(25, id="few"), pytest.param(2000, id="many", marks=pytest.mark.slow)]
+    "examples", [pytest.param(25, id="few"), pytest.param(500, id="many", marks=pytest.mark.slow)]
 )
 
 VALUES = st.recursive(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from paddledsv4.errors import UserError
@@ -26,6 +26,8 @@ FileName = Annotated[str, Field(pattern=r"^\w[\w.]*$")]  # in the same folder
 
 class Tensor(TypedDict):
     """A piece in a rank's file, see :class:`paddledsv4.training.checkpoint.shard.Piece`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: str
     dtype: Literal["F64", "F32", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]

@@ -67,7 +67,7 @@ def test_the_equality_can_fail():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "fused"])  # which has tests of its own
 def test_every_variant_is_the_formula(name, shape):
     dtype, bound = ("float64", 1e-12) if name != "torch" else ("float32", 1e-5)
     hidden, weight, labels, seed = inputs(shape, dtype)

@@ -1,6 +1,5 @@
 """Products with packed weights in one kernel, against the weights' definition in float64."""
 
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -15,8 +14,8 @@ from poison import poisoned  # noqa: E402, F401
 from paddledsv4.config import LoraConfig  # noqa: E402
 from paddledsv4.errors import UserError  # noqa: E402
 from paddledsv4.fusions import packed_linear as module  # noqa: E402
-from paddledsv4.fusions import support  # noqa: E402
 from paddledsv4.kernels import packed_linear as kernel  # noqa: E402
+from paddledsv4.numerics.policy import Policy  # noqa: E402
 from paddledsv4.weights import mxfp4  # noqa: E402
 
 COUNTS = [[5], [3, 0, 40, 33, 1, 0], [0, 0, 2]]
@@ -109,6 +108,9 @@ def test_refusals():
     tensors = [paddle.to_tensor(packed[0])], [paddle.to_tensor(scales[0])]
     with pytest.raises(UserError, match="the fused packed_linear takes float32 or bfloat16"):
         module.grouped_packed_linear(x, paddle.to_tensor([4]), *tensors)
+    with pytest.raises(UserError, match="rows of a multiple of 16 bytes, not 6 numbers of float32"):
+        few = [tensors[0][0][:6]], [tensors[1][0][:6]]
+        module.grouped_packed_linear(x.astype("float32"), paddle.to_tensor([4]), *few)
     with pytest.raises(ValueError, match="do not belong to packed weights"):
         module.grouped_packed_linear(x.astype("float32"), paddle.to_tensor([4]), tensors[0], [paddle.ones([64, 2])])
     with pytest.raises(ValueError, match="rows of 32 numbers do not fit"):
@@ -117,15 +119,25 @@ def test_refusals():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2)], ids=["plain", "adapters"])
-def test_auto_takes_it_in_a_model(lora, monkeypatch):
-    """A step of a model with packed experts is that of the preset paddle up to rounding, and did use the kernel."""
-    losses = {}
-    for preset in ("paddle", "auto"):
-        # Of the kernels that auto could take here this one alone runs, so that the others' time is saved.
-        here = SimpleNamespace(get=lambda name, default=None: "1" if name == "TRITON_INTERPRET" else default)
-        with mock.patch.object(support, "os", SimpleNamespace(environ=here)), \
-             mock.patch.object(kernel, "forward", wraps=kernel.forward) as used:
-            runner = trainer(preset, lora=lora)
-            losses[preset] = [(r.losses[0].main, r.grad_norm) for r in runner.train(1)]
-        assert bool(used.call_count) is (preset == "auto")
-    np.testing.assert_allclose(losses["auto"], losses["paddle"], rtol=1e-4)
+def test_a_model_takes_it(lora, monkeypatch):
+    """A step of a model with packed experts is the same up to rounding with this kernel, and did use it."""
+    choose, found = Policy.follower, {}
+    for name in ("paddle", "fused"):
+        def follower(self, op, path="", name=name):
+            return op.variants[name] if op is module.packed_product else choose(self, op, path)
+
+        monkeypatch.setattr(Policy, "follower", follower)
+        with mock.patch.object(kernel, "forward", wraps=kernel.forward) as used:
+            runner = trainer("paddle", lora=lora)
+            found[name] = [(r.losses[0].main, r.grad_norm) for r in runner.train(1)]
+        assert bool(used.call_count) is (name == "fused")
+    np.testing.assert_allclose(found["fused"], found["paddle"], rtol=1e-4)
+
+
+def test_auto_takes_it_where_it_runs(monkeypatch):
+    assert "packed_linear" in Policy.preset("auto").passed_over  # no GPU here
+    assert Policy.preset("auto").follower(module.packed_product).name == "paddle"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert Policy.preset("auto").follower(module.packed_product).name == "fused"
+    assert Policy.preset("auto", {"linear": "megatron"}).follower(module.packed_product).name == "paddle"
+    assert Policy.preset("paddle").follower(module.packed_product).name == "paddle"

@@ -25,7 +25,7 @@ def routing(tokens, experts, chosen):
     return routed
 
 
-def inputs(tokens=45, experts=7, chosen=3, width=20, dtype="float32"):
+def inputs(tokens=35, experts=7, chosen=3, width=20, dtype="float32"):
     return [normal(tokens, width, dtype=dtype), paddle.rand([tokens, experts]), routing(tokens, experts, chosen)]
 
 
@@ -34,14 +34,15 @@ def token_index(**sizes):
     return load_all()["permute"].variants["paddle"].function(*tensors)[2], tensors[0].shape[0]
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tokens": 3, "width": 3}, {"tokens": 130, "experts": 33, "width": 8}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"tokens": 3, "width": 3}, {"tokens": 33, "experts": 33, "width": 8}], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_are_the_definitions(sizes, dtype):
     tensors = inputs(**sizes, dtype=dtype)
     assert is_the_definition("permute", "paddle", tensors, {})
     index, tokens = token_index(**sizes)
     assert np.array_equal(fused("permute")(*tensors)[2].numpy(), index.numpy())
-    assert is_the_definition("unpermute", "paddle", [normal(index.shape[0], 20, dtype=dtype), index], {"tokens": tokens})
+    rows = normal(index.shape[0], 20, dtype=dtype)
+    assert is_the_definition("unpermute", "paddle", [rows, index], {"tokens": tokens})
 
 
 def test_no_assignment_at_all():
@@ -55,22 +56,18 @@ def test_no_assignment_at_all():
 
 @pytest.mark.parametrize("kernel, argument, change", [
     ("_spread", "starts", lambda s: s * 0), ("_gather", "starts", lambda s: (s - 1).clip(min=0)),
-    ("_assign", "expert_starts", lambda s: s.flip(0)), ("_count_map", "experts", lambda e: e - 1),
-    ("_start_all", "totals", lambda t: t * 0), ("_dprobs", "dflat", lambda d: d.flip(0)),
-])
+    ("_assign", "probs", lambda p: p * 0.5), ("_start_all", "totals", lambda t: t * 0),
+    ("_dprobs", "dflat", lambda d: d.flip(0)),
+])  # that keep within their memory
 def test_a_bug_is_seen(monkeypatch, kernel, argument, change):
     plant(monkeypatch, kernel, argument, change)
     assert not is_the_definition("permute", "paddle", inputs(), {})
 
 
-@pytest.mark.parametrize("kernel, argument, change", [
-    ("_count_tokens", "rows", lambda n: n - 1), ("_start_tokens", "counts", lambda c: c.flip(0)),
-    ("_list_tokens", "starts", lambda s: s * 0), ("_gather", "lists", lambda r: r.flip(0)),
-    ("_sort_lists", "lists", lambda r: r * 0),
-])
-def test_a_bug_of_the_inverse_is_seen(monkeypatch, kernel, argument, change):
+@pytest.mark.parametrize("kernel, argument", [("_gather", "lists"), ("_spread", "lists")])
+def test_a_wrong_list_is_seen(monkeypatch, kernel, argument):
     index, tokens = token_index()
-    plant(monkeypatch, kernel, argument, change)
+    plant(monkeypatch, kernel, argument, lambda rows: rows.flip(0))
     assert not is_the_definition("unpermute", "paddle", [normal(index.shape[0], 20), index], {"tokens": tokens})
 
 

@@ -11,8 +11,9 @@ from poison import poisoned  # noqa: E402, F401
 from paddledsv4.errors import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-SHAPES = [[1, 16], [5, 37], [2, 19, 64], [300, 24]]
-BUGS = [("_forward", "eps", lambda _: 1.0), ("_backward", "eps", lambda _: 1.0), ("_add_parts", "count", lambda n: n - 1)]
+SHAPES = [[1, 16], [5, 37], [2, 19, 64], [40, 24]]
+BUGS = [("_forward", "eps", lambda _: 1.0), ("_backward", "eps", lambda _: 1.0),
+        ("_add_parts", "count", lambda n: n - 1)]
 
 
 def inputs(shape, dtype):

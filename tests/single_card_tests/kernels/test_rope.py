@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fused_checks import BOUNDS, fused, normal, plant, run, same_bits  # noqa: E402
+from fused_checks import BOUNDS, fused, normal, plant, run  # noqa: E402
 from poison import poisoned  # noqa: E402, F401
 
 from paddledsv4.errors import UserError  # noqa: E402
@@ -58,7 +58,7 @@ def test_there_and_back_and_the_same_bits():
     x, cos, sin = inputs([5, 3, 16], 16)
     back = fused("rope")(fused("rope")(x, cos, sin), cos, sin, inverse=True)
     assert np.allclose(back.numpy(), x.numpy(), atol=1e-6)
-    assert same_bits("rope", [x], {"cos": cos, "sin": sin})
+    assert np.array_equal(*(fused("rope")(x, cos, sin).numpy() for _ in range(2)))
 
 
 def test_an_odd_head_is_refused():

@@ -36,7 +36,11 @@ def test_no_bit_changes_and_every_op_has_its_time(tmp_path, preset, precision):
     for name in ("sparse_attention", "linear", "sinkhorn", "swiglu", "hc_gates", "permute", "cross_entropy", "rope"):
         assert ops[name].forward > 0 and ops[name].backward > 0, name
     assert ops["adamw"].backward == ops["router_topk"].backward == 0
-    assert 0 < times.between < 0.6 * times.milliseconds
+    assert 0 < times.between < times.milliseconds
+    # of all that autograd ran, only the reshapes between ops are nobody's
+    nodes = {e["ts"]: e["name"] for e in events if e["name"].startswith("Global_")}
+    nobodys = [name for ts, name in nodes.items() if ts not in {e["ts"] for e in events if e["cat"] == "backward"}]
+    assert set(nobodys) == {"Global_ReshapeGradNode", "Global_UnsqueezeGradNode", "Global_GradNodeAccumulation"}
     assert {e["args"]["layer"] for e in events if e["name"] == "sinkhorn"} >= {
         "decoder.layers.0.mlp_hyper_connection", "mtp.layers.0.mtp_model_layer.self_attention_hyper_connection",
     }

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 1 << 14)
+    monkeypatch.setattr(kernel, "TOKENS_BLOCK", 1 << 14)
 
 
 def inputs(shape, dtype):
@@ -32,11 +33,11 @@ def inputs(shape, dtype):
     return [paddle.to_tensor(x.astype("float32")).astype(dtype) for x in arrays] + [paddle.to_tensor(labels)]
 
 
-def results(hidden, weight, dloss, labels):
+def results(hidden, weight, dloss, labels, mask=None):
     """Losses and both gradients."""
     hidden, weight = (x.detach() for x in (hidden, weight))
     hidden.stop_gradient = weight.stop_gradient = False
-    losses = fused(hidden, weight, labels)
+    losses = fused(hidden, weight, labels, mask)
     paddle.autograd.backward([losses], [dloss.astype("float32")])
     return [x.astype("float64").numpy() for x in (losses, hidden.grad, weight.grad)]
 
@@ -60,6 +61,42 @@ def errors(ours, truth):
 def test_it_is_the_formula(shape, dtype):
     given = inputs(shape, dtype)
     assert max(errors(results(*given), formula(*given))) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_with_a_known_mask_it_is_the_formula(shape, dtype):
+    """Blocks of tokens; the gradient that comes is the mask times a number, and some tokens weigh nothing."""
+    hidden, weight, mask, labels = inputs(shape, dtype)
+    mask = mask.astype("float32")
+    mask[:, 2:4] = 0.0
+    given = hidden, weight, 0.3 * mask, labels
+    assert max(errors(results(*given, mask=mask), formula(*given))) <= 1.5 * BOUNDS[dtype]  # rounded once more
+
+
+def test_a_gradient_that_is_no_multiple_of_the_mask_is_not_taken_for_one():
+    hidden, weight, dloss, labels = inputs(SHAPES[1], "float32")
+    _, dx, dw = results(hidden, weight, dloss, labels, mask=paddle.ones_like(dloss))
+    assert np.isnan(dx).all() and np.isnan(dw).all()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_frozen_weight_gets_no_gradient(known):
+    """Nor is it computed; that of the hidden states is the same."""
+    hidden, weight, dloss, labels = inputs(SHAPES[1], "float32")
+    leaf = hidden.detach()
+    leaf.stop_gradient = False
+    losses = fused(leaf, weight, labels, dloss if known else None)
+    paddle.autograd.backward([losses], [dloss])
+    exact = formula(hidden, weight, dloss, labels)[1]
+    assert weight.grad is None and max(errors([leaf.grad.numpy()], [exact])) <= BOUNDS["float32"]
+
+
+def test_without_gradients_none_are_computed(monkeypatch):
+    hidden, weight, dloss, labels = inputs(SHAPES[1], "float32")
+    monkeypatch.setattr(kernel, "losses_and_gradients", lambda *_: pytest.fail("nobody wants them"))
+    losses = fused(hidden, weight, labels, dloss)
+    assert max(errors([losses.numpy()], formula(hidden, weight, dloss, labels)[:1])) <= BOUNDS["float32"]
 
 
 def test_tokens_without_weight_get_no_gradient():
@@ -86,7 +123,7 @@ def test_runs_are_alike():
 
 
 
-def logs_forgotten(carrier, dloss, x, weight, labels, logs):
+def logs_forgotten(carrier, dloss, x, weight, labels, logs, train):
     return kernel_backward(carrier, dloss, x, weight, labels, logs * 0)
 
 
@@ -95,7 +132,7 @@ def short_vocabulary(carrier, x, weight, labels):
     return kernel_forward(carrier, x, weight[: weight.shape[0] // 2].contiguous(), labels)
 
 
-def ones_for_weights(carrier, dloss, x, weight, labels, logs):
+def ones_for_weights(carrier, dloss, x, weight, labels, logs, train):
     return kernel_backward(carrier, paddle.ones_like(dloss), x, weight, labels, logs)
 
 
