@@ -9,7 +9,7 @@ from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.reduction import add_parts
 
 TILE = 4096  # elements that a program works on at a time
-PROGRAMS, STAGES = 512, 2  # of the backward with a weight; every program adds a part to the sum for the weight
+PROGRAMS, STAGES = 256, 3  # of the backward with a weight; every program adds a part to the sum for the weight
 
 
 @triton.jit
