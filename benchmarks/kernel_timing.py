@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from statistics import median
 
@@ -10,7 +9,7 @@ import torch
 
 FLUSH = 256 << 20  # bytes written between two runs, several times the L2 cache
 BUDGET = 250.0  # milliseconds of runs for one median
-LEAST, MOST = 5, 60  # runs for one median
+LEAST, MOST = 3, 60  # runs for one median
 
 
 def milliseconds(run: Callable, graph: bool = True) -> float:
@@ -22,19 +21,6 @@ def milliseconds(run: Callable, graph: bool = True) -> float:
     once = _timed(replay, cache, 2)[-1]
     runs = int(min(max(BUDGET / max(once, 1e-3), LEAST), MOST))
     return median(_timed(replay, cache, runs))
-
-
-def peak_bytes(run: Callable) -> int:
-    """Memory at the peak of ``run()`` beyond what was allocated before it."""
-    run()
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _captured(run: Callable) -> Callable:

@@ -135,28 +135,29 @@ def main(
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, python {platform.python_version()}; copy "
           f"{ceilings['bytes'] / 1e9:.0f} GB/s, bf16 GEMM {ceilings['flops'] / 1e12:.0f} TFLOP/s", flush=True)
+    facts = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "ceilings": ceilings}
     results, reports = [], {}
     for name in family.split(","):
         try:
             module = importlib.import_module(f"benchmarks.kernels_{name}")
             if hasattr(module, "report"):
                 reports[name] = module.report(quick)
-                continue
-            for case in module.cases(quick):
-                if only in case.name:
-                    results.append(measure(case, ceilings))
-                    print(line(results[-1]), flush=True)
-                del case
-                gc.collect()
-                torch.cuda.empty_cache()
+            else:
+                for case in module.cases(quick):
+                    if only in case.name:
+                        results.append(measure(case, ceilings))
+                        print(line(results[-1]), flush=True)
+                    del case
+                    gc.collect()
+                    torch.cuda.empty_cache()
         except Exception as error:  # the other families still count
             results.append(Result(name, failure=reason(error)))
             print(line(results[-1]), flush=True)
-    print(f"{time.perf_counter() - start:.0f} s")
-    if json_:
-        facts = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "ceilings": ceilings,
-                 "seconds": time.perf_counter() - start}
-        json_.write_text(json.dumps(facts | {"cases": [asdict(r) for r in results], "reports": reports}, indent=1))
+        facts["seconds"] = time.perf_counter() - start
+        print(f"{name}: {facts['seconds']:.0f} s since the start", flush=True)
+        if json_:  # after every family: what comes later may not end
+            cases = [asdict(result) for result in results]
+            json_.write_text(json.dumps(facts | {"cases": cases, "reports": reports}, indent=1))
     raise typer.Exit(0 if all(r.right for r in results) else 1)
 
 

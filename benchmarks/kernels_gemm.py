@@ -116,10 +116,8 @@ def head(tokens: int) -> Iterator[Case]:
     yield Case(f"linear cross-entropy, backward, {tokens}", h.backward, "flops", 2 * product,
                lambda: h.check(h.backward), 1e-2)
     # With a weight for every token that is known only when the gradient comes, and with one known beforehand.
-    late = {
-        "liger none": lambda: h.liger("none"), "cut-cross-entropy, exact": lambda: h.cce(None),
-        "cut-cross-entropy, filtered": lambda: h.cce("auto"),
-    }  # fmt: skip
+    late = {"liger none": lambda: h.liger("none"), "cut-cross-entropy, exact": lambda: h.cce(None),
+            "cut-cross-entropy, filtered": lambda: h.cce("auto")}  # fmt: skip
     early = {"liger mean": lambda: h.liger("mean"), "quack mean": h.quack}
     for name, function, peers in (("both", h.both, late), ("both at once", h.at_once, early)):
         yield Case(

@@ -7,14 +7,16 @@ the parameters and the input. The indexer chooses entries; its own loss is left 
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.kernel_case import relative_error
-from benchmarks.kernel_timing import milliseconds, peak_bytes
 
 EPS, LIMIT, STREAMS, ITERATIONS = 1e-6, 10.0, 4, 20
 
@@ -131,40 +133,50 @@ def experts(ops: Any, p: Layer, x: torch.Tensor) -> torch.Tensor:
     return shared + ops.unpermute(ops.packed(hidden, p.packed["fc2"], routing.sum(0)), plan, len(x))
 
 
+def measured(function: Callable) -> dict[str, float]:
+    """Memory at the peak beyond what was there before, and the median time of three runs."""
+    function()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before, times = torch.cuda.memory_allocated(), []
+    for _ in range(3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "ms": median(times)}
+
+
 def report(quick: bool) -> list[dict[str, Any]]:
     """Peak bytes and milliseconds of both, and how far the outputs and the input's gradients are apart."""
     from benchmarks.kernels_layer_ops import Fused, Plain
 
-    found = []
-    for tokens in (4096,) if quick else (4096, 16384):
-        torch.manual_seed(0)
-        layer = Layer(Sizes())
-        streams = torch.randn(tokens, STREAMS * layer.sizes.hidden, device="cuda").bfloat16().requires_grad_()
-        dy = torch.randn_like(streams)
-        row: dict[str, Any] = {"tokens": tokens}
-        results = {}
-        for name, ops in (("fused", Fused()), ("unfused", Plain())):
+    torch.manual_seed(0)
+    tokens, layer = 4096 if quick else 16384, Layer(Sizes())
+    streams = torch.randn(tokens, STREAMS * layer.sizes.hidden, device="cuda").bfloat16().requires_grad_()
+    dy, row, results = torch.randn_like(streams), {"tokens": tokens}, []
 
-            def both(ops=ops, streams=streams, dy=dy, layer=layer):
-                for t in (streams, *layer.parameters.values()):
-                    t.grad = None
-                out = run(ops, layer, streams)
-                out.backward(dy)
-                return out.detach()
+    def both(ops: Any) -> torch.Tensor:
+        for t in (streams, *layer.parameters.values()):
+            t.grad = None
+        out = run(ops, layer, streams)
+        out.backward(dy)
+        return out.detach()
 
-            try:
-                row[name] = {"peak_bytes": peak_bytes(both), "ms": milliseconds(both, graph=False)}
-                results[name] = both(), streams.grad.clone()
-            except Exception as error:  # too large is a finding too
-                row[name] = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
-            torch.cuda.empty_cache()
-        if len(results) == 2:
-            row["apart"] = [relative_error(a, b) for a, b in zip(*results.values(), strict=True)]
-        print(f"whole layer, {tokens}: {line(row)}", flush=True)
-        found.append(row)
-        del layer, streams, dy, results
-        torch.cuda.empty_cache()
-    return found
+    for name, ops in (("fused", Fused()), ("unfused", Plain())):
+        try:
+            row[name] = measured(lambda ops=ops: both(ops))
+            results.append((both(ops), streams.grad))
+        except Exception as error:  # too large is a finding too
+            row[name] = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
+        print(f"whole layer, {tokens}, {name}: {row[name]}", flush=True)
+    if len(results) == 2:
+        row["apart"] = [relative_error(a, b) for a, b in zip(*results, strict=True)]
+    print(f"whole layer, {tokens}: {line(row)}", flush=True)
+    return [row]
 
 
 def line(row: dict[str, Any]) -> str:

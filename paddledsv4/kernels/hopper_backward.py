@@ -1,7 +1,7 @@
 """The backward pass of sparse attention written for Hopper in Gluon: the formula of ``sparse_attention._backward``.
 
-One warpgroup computes the weights of a tile, another one the gradients of its scores; then each takes half of the
-columns of the query's gradient and of the keys' gradients. A third one gathers.
+Two warpgroups share the scores of a tile by keys and all gradients by columns; a third one gathers. The keys' gradient
+of a tile is computed and written in pieces of its columns, while the next tile arrives.
 """
 
 from __future__ import annotations
@@ -16,45 +16,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, fetch, key_exists, key_rows, write_half
+from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, fetch, key_exists, key_rows
 
-SCORE_REGISTERS, GATHER_REGISTERS = gl.constexpr(216), gl.constexpr(72)
+GATHER_REGISTERS = gl.constexpr(56)
 
 
 @gluon.jit
 def _gather(kv, compressed, selected, keys, full, empty, tiles, row, batch, far, s, b, n, K, D: gl.constexpr,
             WINDOW: gl.constexpr, FAR: gl.constexpr):
-    """Four warps: tile after tile, left and right columns, as soon as they are free."""
-    BLOCK_N: gl.constexpr = keys.shape[1]
+    """Four warps: tile after tile, as soon as its memory is free."""
+    BLOCK_N: gl.constexpr = keys.shape[0]
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     by_row: gl.constexpr = gl.SliceLayout(1, copies)
-    half = gl.arange(0, D // 2, gl.SliceLayout(0, copies))
+    d = gl.arange(0, D, gl.SliceLayout(0, copies))
     pointers = key_rows(kv, compressed, selected, 0, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N, by_row)
     for tile in range(tiles):
         ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
                          by_row)
-        for side in gl.static_range(2):
-            mbarrier.wait(empty.index(side), (tile + 1) % 2)
-            columns = pointers[:, None] + (side * (D // 2) + half)[None, :]
-            async_copy.async_copy_global_to_shared(keys.index(side), columns)
-            async_copy.mbarrier_arrive(full.index(side), increment_count=False)
+        mbarrier.wait(empty, (tile + 1) % 2)
+        async_copy.async_copy_global_to_shared(keys, pointers[:, None] + d[None, :])
+        async_copy.mbarrier_arrive(full, increment_count=False)
         pointers = ahead
 
 
 @gluon.jit
-def _products(rows, keys, full, tile, scores: gl.constexpr):
-    """rows [BLOCK_H, D] times the keys of a tile, as they arrive."""
+def _products(rows, keys, scores: gl.constexpr):
+    """Start the products of rows [BLOCK_H, D] and the keys of a tile."""
     BLOCK_H: gl.constexpr = rows.shape[0]
-    BLOCK_N: gl.constexpr = keys.shape[1]
-    HALF: gl.constexpr = keys.shape[2]
+    BLOCK_N: gl.constexpr = keys.shape[0]
     none = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, scores)
-    mbarrier.wait(full.index(0), tile % 2)
-    fence_async_shared()
-    product = warpgroup_mma(rows.slice(0, HALF, 1), keys.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-    mbarrier.wait(full.index(1), tile % 2)
-    fence_async_shared()
-    product = warpgroup_mma(rows.slice(HALF, HALF, 1), keys.index(1).permute((1, 0)), product, is_async=True)
-    return warpgroup_mma_wait(0, deps=(product,))
+    return warpgroup_mma(rows, keys.permute((1, 0)), none, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -65,145 +56,100 @@ def _key_part(queries, douts, weights, dscores, none, COLUMN: gl.constexpr, PIEC
 
 
 @gluon.jit
-def _add_half(dquery, parts, queries, douts, keys, weights, dscores, empty, tile, D: gl.constexpr, PIECE: gl.constexpr,
-              SIDE: gl.constexpr):
-    """Half of the columns: what a tile adds to the query's gradient, and what it gets itself, PIECE at a time.
-
-    parts: where the tile's rows begin. A lane stores 16 bytes, after exchanges among four.
-    """
-    BLOCK_N: gl.constexpr = keys.shape[1]
-    HALF: gl.constexpr = D // 2
+def _differentiate(selected, sink, out, lse, dq, dsinks, parts, queries, douts, keys, weights, dscores, arrived, full,
+                   empty, tiles, row, batch, first_head, far, s, b, n, K, H, scale, D: gl.constexpr,
+                   WINDOW: gl.constexpr, FAR: gl.constexpr, PIECE: gl.constexpr):
+    """Eight warps: all that is computed. parts: where the query's rows begin."""
+    BLOCK_H: gl.constexpr = queries.shape[0]
+    BLOCK_N: gl.constexpr = keys.shape[0]
     dtype: gl.constexpr = queries.dtype
-    pieces: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
-    more: gl.constexpr = [[0, 32], [0, 64]] if PIECE == 128 else [[0, 32]]
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_N // 2, 16])
+    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
+    pieces: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PIECE // 2, 16])
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    # as in ``pieces`` but for exchanges among four lanes, after which a lane stores 16 bytes
+    more: gl.constexpr = [[0, 32]] if PIECE == 128 else []
     stores: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0]] + more, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
-        [BLOCK_N, PIECE],
+        [[0, 1], [0, 2], [0, 4], [8, 0]] + more, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0], [0, PIECE // 2]], [], [BLOCK_N, PIECE],
     )
-    none = gl.zeros([BLOCK_N, PIECE], gl.float32, pieces)
-    target = parts + gl.arange(0, BLOCK_N, gl.SliceLayout(1, stores))[:, None] * D
-    target += SIDE * HALF + gl.arange(0, PIECE, gl.SliceLayout(0, stores))[None, :]
-    fence_async_shared()
-    dquery = warpgroup_mma(dscores, keys.index(SIDE), dquery, is_async=True)
-    part = _key_part(queries, douts, weights, dscores, none, SIDE * HALF, PIECE)
-    dquery = warpgroup_mma_wait(2, deps=(dquery,))
-    gl.thread_barrier()
-    mbarrier.arrive(empty.index(SIDE))
-    for piece in gl.static_range(HALF // PIECE):
-        part = warpgroup_mma_wait(0, deps=(part,))
-        done = part.to(dtype)
-        if piece + 1 < HALF // PIECE:
-            part = _key_part(queries, douts, weights, dscores, none, SIDE * HALF + (piece + 1) * PIECE, PIECE)
-        gl.store(target + piece * PIECE, gl.convert_layout(done, stores))
-    return dquery
-
-
-@gluon.jit
-def _weigh(selected, lse, dq, parts, queries, douts, keys, weights, dscores, arrived, full, empty, ready, scored, free,
-           tiles, row, batch, first_head, far, s, b, n, K, H, scale, D: gl.constexpr, WINDOW: gl.constexpr,
-           FAR: gl.constexpr, PIECE: gl.constexpr):
-    """Four warps: the weights of every tile; left columns."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
-    BLOCK_N: gl.constexpr = keys.shape[1]
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
-    by_key: gl.constexpr = gl.SliceLayout(0, scores)
-    mine = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, scores))
-    token = row.to(gl.int64) * b + batch
-    norm = gl.load(lse + token * H + mine, mine < H, float("inf"))  # no head: weights of zero
-    dquery = gl.zeros([BLOCK_H, D // 2], gl.float32, values)
-    mbarrier.wait(arrived.index(0), 0)
-    for tile in range(tiles):
-        exists = key_exists(selected, tile, row, far, n, batch, s, K, WINDOW, FAR, BLOCK_N, by_key)
-        score = _products(queries, keys, full, tile, scores)
-        weight = gl.where(exists[None, :], gl.exp2(score * (scale * LOG2E) - norm[:, None]), 0.0)
-        mbarrier.wait(free.index(1), (tile + 1) % 2)
-        weights.store(weight.to(queries.dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        mbarrier.arrive(ready)
-        mbarrier.wait(arrived.index(1), 0)
-        mbarrier.wait(scored, tile % 2)
-        dquery = _add_half(dquery, parts + tile * BLOCK_N * D, queries, douts, keys, weights, dscores, empty, tile, D,
-                           PIECE, 0)
-        gl.thread_barrier()
-        mbarrier.arrive(free.index(0))
-    write_half(dq, queries, dquery, row, batch, first_head, b, H, 0)
-
-
-@gluon.jit
-def _differentiate(sink, out, lse, dq, dsinks, parts, queries, douts, keys, weights, dscores, arrived, full, empty,
-                   ready, scored, free, tiles, row, batch, first_head, b, H, scale, D: gl.constexpr,
-                   PIECE: gl.constexpr):
-    """Four warps: the gradients of the scores of every tile, and of the sink; right columns."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
-    BLOCK_N: gl.constexpr = keys.shape[1]
-    CHUNK: gl.constexpr = D // 4
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
-    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     by_row: gl.constexpr = gl.SliceLayout(1, copies)
+    by_key: gl.constexpr = gl.SliceLayout(0, scores)
     by_head: gl.constexpr = gl.SliceLayout(1, scores)
     token = row.to(gl.int64) * b + batch
     head = first_head + gl.arange(0, BLOCK_H, by_row)
-    e = gl.arange(0, CHUNK, gl.SliceLayout(0, copies))
-    numbers = (token * H + head[:, None]) * D + e[None, :]
-    here = (head[:, None] < H) & (e[None, :] < D)
-    mbarrier.wait(arrived.index(0), 0)
+    d, e = gl.arange(0, D, gl.SliceLayout(0, copies)), gl.arange(0, PIECE, gl.SliceLayout(0, copies))
+    numbers = (token * H + head[:, None]) * D
     mbarrier.wait(arrived.index(1), 0)
     sums = gl.zeros([BLOCK_H], gl.float32, by_row)
-    for chunk in gl.static_range(D // CHUNK):
-        o = gl.load(out + numbers + chunk * CHUNK, here, 0.0).to(gl.float32)
-        sums += gl.sum(o * douts.slice(chunk * CHUNK, CHUNK, 1).load(copies).to(gl.float32), 1)
+    for piece in gl.static_range(D // PIECE):
+        o = gl.load(out + numbers + piece * PIECE + e[None, :], (head[:, None] < H) & (e[None, :] < D), 0.0)
+        sums += gl.sum(o.to(gl.float32) * douts.slice(piece * PIECE, PIECE, 1).load(copies).to(gl.float32), 1)
     delta = gl.convert_layout(sums, by_head)
     mine = first_head + gl.arange(0, BLOCK_H, by_head)
-    norm = gl.load(lse + token * H + mine, mine < H, float("inf"))
+    norm = gl.load(lse + token * H + mine, mine < H, float("inf"))  # no head: weights of zero
     rest = gl.exp2(gl.load(sink + mine, mine < H, 0.0).to(gl.float32) * LOG2E - norm)
     gl.store(dsinks + token * H + mine, -rest * delta, mine < H)
-    dquery = gl.zeros([BLOCK_H, D // 2], gl.float32, values)
+    dquery = gl.zeros([BLOCK_H, D], gl.float32, values)
+    none = gl.zeros([BLOCK_N, PIECE], gl.float32, pieces)
+    target = parts + gl.arange(0, BLOCK_N, gl.SliceLayout(1, stores))[:, None] * D
+    target += gl.arange(0, PIECE, gl.SliceLayout(0, stores))[None, :]
+    mbarrier.wait(arrived.index(0), 0)
     for tile in range(tiles):
-        dweight = _products(douts, keys, full, tile, scores)
-        mbarrier.wait(ready, tile % 2)
-        weight = weights.load(scores).to(gl.float32)
-        mbarrier.wait(free.index(0), (tile + 1) % 2)
-        dscores.store((weight * (dweight - delta[:, None]) * scale).to(queries.dtype))
+        exists = key_exists(selected, tile, row, far, n, batch, s, K, WINDOW, FAR, BLOCK_N, by_key)
+        mbarrier.wait(full, tile % 2)
+        fence_async_shared()
+        score = _products(queries, keys, scores)
+        dweight = _products(douts, keys, scores)
+        score = warpgroup_mma_wait(1, deps=(score,))
+        weight = gl.where(exists[None, :], gl.exp2(score * (scale * LOG2E) - norm[:, None]), 0.0)
+        weights.store(weight.to(dtype))
+        dweight = warpgroup_mma_wait(0, deps=(dweight,))
+        dscores.store((weight * (dweight - delta[:, None]) * scale).to(dtype))
         fence_async_shared()
         gl.thread_barrier()
-        mbarrier.arrive(scored)
-        dquery = _add_half(dquery, parts + tile * BLOCK_N * D, queries, douts, keys, weights, dscores, empty, tile, D,
-                           PIECE, 1)
+        dquery = warpgroup_mma(dscores, keys, dquery, is_async=True)
+        part = _key_part(queries, douts, weights, dscores, none, 0, PIECE)
+        dquery = warpgroup_mma_wait(2, deps=(dquery,))
         gl.thread_barrier()
-        mbarrier.arrive(free.index(1))
-    write_half(dq, queries, dquery, row, batch, first_head, b, H, 1)
+        mbarrier.arrive(empty)
+        for piece in gl.static_range(D // PIECE):
+            part = warpgroup_mma_wait(0, deps=(part,))
+            done = part.to(dtype)
+            if piece + 1 < D // PIECE:
+                part = _key_part(queries, douts, weights, dscores, none, (piece + 1) * PIECE, PIECE)
+            gl.store(target + piece * PIECE, gl.convert_layout(done, stores))
+        target += BLOCK_N * D
+        gl.thread_barrier()  # both warpgroups are done with the weights
+    queries.store(dquery.to(dtype))
+    gl.thread_barrier()
+    gl.store(dq + numbers + d[None, :], queries.load(copies), (head[:, None] < H) & (d[None, :] < D))
 
 
 @gluon.jit
 def backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, parts, first, first_head, s, b, n, g, K, H,
              D: gl.constexpr, ratio, offset, scale, slots, WINDOW: gl.constexpr, FAR: gl.constexpr,
              BLOCK_K: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr, PIECE: gl.constexpr):
-    """A program: one query, BLOCK_H heads. Three warpgroups; one tile of keys, in halves of its columns."""
+    """A program: one query, BLOCK_H heads. Eight warps compute, four more gather one tile of keys."""
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = q.dtype.element_ty
     row, batch = first + gl.program_id(0), gl.program_id(1)
     target = parts + (gl.program_id(0).to(gl.int64) * b + batch) * slots * D
     queries = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
     douts = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
-    keys = gl.allocate_shared_memory(dtype, [2, BLOCK_N, D // 2], shared)
+    keys = gl.allocate_shared_memory(dtype, [BLOCK_N, D], shared)
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
     dscores = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
-    arrived, full, empty = barriers(2, 128), barriers(2, 128), barriers(2, 1)
-    ready, scored, free = barriers(1, 1), barriers(1, 1), barriers(2, 1)
+    arrived, full, empty = barriers(2, 32 * gl.num_warps()), barriers(1, 128), barriers(1, 1)
     gl.thread_barrier()
-    fetch(q, queries, arrived.index(0), row, batch, first_head, b, H)
     fetch(dout, douts, arrived.index(1), row, batch, first_head, b, H)
+    fetch(q, queries, arrived.index(0), row, batch, first_head, b, H)
     far = far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
     tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
     gl.warp_specialize([
-        (_weigh, (selected, lse, dq, target, queries, douts, keys, weights, dscores, arrived, full, empty,
-                  ready.index(0), scored.index(0), free, tiles, row, batch, first_head, far, s, b, n, K, H, scale, D,
-                  WINDOW, FAR, PIECE)),
-        (_differentiate, (sink, out, lse, dq, dsinks, target, queries, douts, keys, weights, dscores, arrived, full,
-                          empty, ready.index(0), scored.index(0), free, tiles, row, batch, first_head, b, H, scale, D,
-                          PIECE)),
-        (_gather, (kv, compressed, selected, keys, full, empty, tiles, row, batch, far, s, b, n, K, D, WINDOW, FAR)),
-    ], [4, 4], [SCORE_REGISTERS, GATHER_REGISTERS])
+        (_differentiate, (selected, sink, out, lse, dq, dsinks, target, queries, douts, keys, weights, dscores, arrived,
+                          full.index(0), empty.index(0), tiles, row, batch, first_head, far, s, b, n, K, H, scale, D,
+                          WINDOW, FAR, PIECE)),
+        (_gather, (kv, compressed, selected, keys, full.index(0), empty.index(0), tiles, row, batch, far, s, b, n, K, D,
+                   WINDOW, FAR)),
+    ], [4], [GATHER_REGISTERS])

@@ -72,10 +72,10 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def fetch(x, buffer, arrived, row, batch, first_head, b, H):
-    """Start to copy the heads of a query, of x [s, b, H, D], into ``buffer``. Four warps."""
+    """Start to copy the heads of a query, of x [s, b, H, D], into ``buffer``."""
     BLOCK_H: gl.constexpr = buffer.shape[0]
     D: gl.constexpr = buffer.shape[1]
-    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     d = gl.arange(0, D, gl.SliceLayout(0, copies))
     head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
     numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]

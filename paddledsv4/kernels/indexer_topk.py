@@ -103,7 +103,7 @@ def forward(carrier: Carrier, scores: T, topk: int, ratio: int, offset: int = 0,
     kept = min(topk, g)
     index = carrier.empty([b, s, kept], "int32", scores)
     block = min(max(triton.next_power_of_2(g), 16), IN_REGISTERS)
-    options = {"num_warps": min(max(block // 1024, 1), 16)} | options
+    options = {"num_warps": min(max(block // 2048, 2), 16)} | options
     carrier.launch(_topk, (s, b), scores, index, s, g, kept, ratio, offset, BLOCK=block,
                    BLOCK_K=triton.next_power_of_2(kept), ONE=block >= g, **options)
     return index

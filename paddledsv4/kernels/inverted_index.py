@@ -70,7 +70,7 @@ def _add(parts, total, lists, counts, first, rows, slots, before, b, g, D, ratio
         tl.store(to, tl.load(to, d < D) + tl.sum(value, 0), d < D)
 
 
-ADD = {"STEP": 16, "BLOCK": 256, "num_warps": 4}
+ADD = {"STEP": 16, "BLOCK": 512, "num_warps": 4}
 
 
 class KeyGradients:

@@ -59,7 +59,7 @@ def limits(carrier: Carrier, query: T) -> str:
     return ""
 
 
-HOPPER = {"BLOCK_H": 64, "BLOCK_N": 64, "num_warps": 4}  # and as many for each other part of a program
+HOPPER = {"BLOCK_H": 64, "BLOCK_N": 64, "num_warps": 8}  # and four more that gather
 
 
 def _for_hopper(carrier: Carrier, query: T) -> bool:
@@ -193,13 +193,14 @@ def backward(
     if _for_hopper(carrier, query):
         from paddledsv4.kernels.hopper_backward import backward as kernel
 
-        meta |= HOPPER | {"PIECE": 64}
+        meta |= HOPPER | {"PIECE": min(128, d // 2)}
     else:
         meta |= _tiles(carrier, query) | {"CUT": 2 if d > 256 else 1, "num_stages": 1}
     meta |= options
     dq, dsinks = carrier.empty(query.shape, carrier.dtype(query), query), carrier.empty([s, b, heads], "float32", sink)
     keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset, meta["BLOCK_N"])
-    chunk = min(max(PART_NUMBERS // (b * keys.slots * d), 1), s)
+    chunk = max(PART_NUMBERS // (b * keys.slots * d), 1)
+    chunk = min(chunk if chunk < 16 else chunk // 16 * 16, s)  # Triton compiles anew for other numbers
     parts = carrier.empty([chunk, b, keys.slots, d], carrier.dtype(query), query)
     for first in range(0, s, chunk):
         rows = min(chunk, s - first)

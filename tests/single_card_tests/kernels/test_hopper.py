@@ -23,7 +23,7 @@ types = {{a: "constexpr" if a in constants else types.get(a, "i32" if a in integ
          for a in kernel.arg_names}}
 aligned = {{(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if types[a][0] == "*"}}
 source = GluonASTSource(kernel, types, constants, aligned)
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 4}}).asm["ptx"])
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 8}}).asm["ptx"])
 """
 
 
