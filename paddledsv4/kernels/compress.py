@@ -14,9 +14,9 @@ import triton.language as tl
 from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.reduction import add_parts
 
-FEATURES = 8, 4  # of a small window, that a thread works on at a time, forward and backward
+FEATURES = 4, 4  # of a small window, that a thread works on at a time, forward and backward
 LARGE = 4096  # elements of a large window that a program works on at a time
-PROGRAMS = 4096, 512  # at most about so many, forward and backward, where each adds a part to the sum for ape
+PROGRAMS = 4096, 2048  # at most about so many, forward and backward, where each adds a part to the sum for ape
 
 
 @triton.jit

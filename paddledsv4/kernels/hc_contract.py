@@ -13,7 +13,7 @@ from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.hc_mapping import streams_backward
 from paddledsv4.kernels.reduction import add_parts
 
-FORWARD = {"TOKENS": 4, "BLOCK": 512, "num_warps": 4}
+FORWARD = {"TOKENS": 8, "BLOCK": 256, "num_warps": 4}
 
 
 @triton.jit

@@ -58,12 +58,13 @@ def _project(x, w, proj, squares, rows, K, M, each, SPLIT: tl.constexpr, TERMS: 
 
 
 @triton.jit
-def _finish(parts, squares, proj, r, root, rows, K, M, eps, count, TOKENS: tl.constexpr, MP: tl.constexpr):
+def _finish(parts, squares, proj, r, root, rows, K, M, eps, COUNT: tl.constexpr, TOKENS: tl.constexpr,
+            MP: tl.constexpr):
     """Adds the parts. root = |x| / sqrt(K), r = 1 / (root + eps)."""
     t, m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, MP)
     inside, at = (t < rows)[:, None] & (m < M)[None, :], t.to(tl.int64)
     total, square = tl.zeros([TOKENS, MP], tl.float32), tl.zeros([TOKENS], tl.float32)
-    for _ in range(count):
+    for _ in tl.static_range(COUNT):  # so that no load waits for another
         total += tl.load(parts + at[:, None] * M + m[None, :], inside, 0.0)
         square += tl.load(squares + at, t < rows, 0.0)
         at += rows
@@ -189,8 +190,8 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, 
     proj, r, root = empty(rows, columns), empty(rows, 1), empty(rows)
     carrier.launch(_project, (blocks, count), streams, weight, parts, squares, rows, width, columns, each,
                    SPLIT=carrier.dtype(streams) != "float32", TERMS=TERMS, MP=padded(columns), **tile)
-    carrier.launch(_finish, (triton.cdiv(rows, 32),), parts, squares, proj, r, root, rows, width, columns, eps, count,
-                   TOKENS=32, MP=padded(columns), num_warps=4)
+    carrier.launch(_finish, (triton.cdiv(rows, 32),), parts, squares, proj, r, root, rows, width, columns, eps,
+                   COUNT=count, TOKENS=32, MP=padded(columns), num_warps=4)
     return proj, r, root
 
 

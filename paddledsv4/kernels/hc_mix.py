@@ -11,7 +11,7 @@ import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
 
-FORWARD, AGGREGATE_BACKWARD, MIX_BACKWARD = 1024, 4096, 1024  # channels that a program works on at a time
+FORWARD, AGGREGATE_BACKWARD, MIX_BACKWARD = 1024, 4096, 256  # channels that a program works on at a time
 
 
 @triton.jit

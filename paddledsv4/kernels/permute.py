@@ -14,7 +14,7 @@ import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
 
-TOKENS = 32  # of the routing map that a program looks at
+TOKENS = 16  # of the routing map that a program looks at
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def _gather(rows, starts, lists, out, C, BLOCK: tl.constexpr):
 
 
 def _map_tile(experts: int) -> dict[str, int]:
-    return {"TOKENS": TOKENS, "EXPERTS": triton.next_power_of_2(experts), "num_warps": 16}
+    return {"TOKENS": TOKENS, "EXPERTS": triton.next_power_of_2(experts), "num_warps": 8}
 
 
 def _row_tile(width: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
 
-TILE = 4096  # elements that a program works on at a time
+TILE = 2048  # elements that a program works on at a time
 
 
 @triton.jit

@@ -53,14 +53,14 @@ def _backward(dy, x, prob, dx, dprob, F, limit, WEIGHTED: tl.constexpr, BLOCK: t
         tl.store(dprob + row, dp.to(dprob.dtype.element_ty))
 
 
-def _block(features: int) -> int:
-    return min(2048, triton.next_power_of_2(features))
+def _block(features: int, most: int) -> int:
+    return min(most, triton.next_power_of_2(features))
 
 
 def forward(carrier: Carrier, x: T, prob: T | None, limit: float) -> T:
     """x [rows, 2F] contiguous (gate, then linear), prob [rows] or None -> [rows, F] in the dtype of x."""
     rows, features = x.shape[0], x.shape[1] // 2
-    y, block = carrier.empty([rows, features], carrier.dtype(x), x), _block(features)
+    y, block = carrier.empty([rows, features], carrier.dtype(x), x), _block(features, 2048)
     carrier.launch(_forward, (rows, triton.cdiv(features, block)), x, x if prob is None else prob, y, features,
                    float(limit), WEIGHTED=prob is not None, BLOCK=block, num_warps=4)
     return y
@@ -72,5 +72,5 @@ def backward(carrier: Carrier, dy: T, x: T, prob: T | None, limit: float) -> tup
     dx = carrier.empty(x.shape, carrier.dtype(x), x)
     dprob = None if prob is None else carrier.empty([rows], carrier.dtype(prob), prob)
     carrier.launch(_backward, (rows,), dy, x, x if prob is None else prob, dx, dx if dprob is None else dprob,
-                   features, float(limit), WEIGHTED=prob is not None, BLOCK=_block(features), num_warps=4)
+                   features, float(limit), WEIGHTED=prob is not None, BLOCK=_block(features, 1024), num_warps=4)
     return dx, dprob

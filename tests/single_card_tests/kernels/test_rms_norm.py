@@ -46,7 +46,7 @@ def test_every_run_gives_the_same_bits():
 
 
 def test_what_it_cannot_do_is_said():
-    with pytest.raises(UserError, match="float32, not float64"):
+    with pytest.raises(UserError, match="float32 and bfloat16, not float64"):
         fused("rms_norm")(*inputs([2, 4], "float64"), 1e-6)
     with pytest.raises(UserError, match="at most 32768"):
         fused("head_norm")(paddle.zeros([1, 32769]), 1e-6)
