@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from paddledsv4.kernels import linear_cross_entropy, packed_linear
 
 HIDDEN, VOCABULARY = 4096, 129280
 EXPERTS, EACH, CHOSEN = 256, 2048, 6
+TOKENS, WORDS = slice(0, 64), slice(1000, 1256)  # of which gradients are checked
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -47,8 +48,9 @@ class Head:
     def at_once(self):
         return linear_cross_entropy.losses_and_gradients(CARRIER, self.x, self.weight, self.labels, self.dloss)
 
-    def truth(self, rows: slice, columns: slice) -> tuple[torch.Tensor, ...]:
-        """All losses, dx of some tokens, dW of some words."""
+    @cached_property
+    def truth(self) -> tuple[torch.Tensor, ...]:
+        """All losses, dx of some tokens, dW of some words, in float64."""
         losses, dx, dw, weight = [], None, 0.0, self.weight.double()
         for at in range(0, len(self.x), 1024):
             part = slice(at, at + 1024)
@@ -58,17 +60,15 @@ class Head:
             losses.append((log - logits.gather(1, label))[:, 0])
             g = (logits - log).exp_()
             g.scatter_add_(1, label, torch.full_like(label, -1, dtype=g.dtype)).mul_(self.dloss[part, None])
-            dx = g[rows] @ weight if dx is None else dx
-            dw = dw + g[:, columns].T @ x
+            dx = g[TOKENS] @ weight if dx is None else dx
+            dw = dw + g[:, WORDS].T @ x
         return torch.cat(losses), dx, dw
 
     def check(self, function) -> float:
-        rows, columns = slice(0, 64), slice(1000, 1256)
-        losses, dx, dw = self.truth(rows, columns)
-        found = function()
+        (losses, dx, dw), found = self.truth, function()
         if function == self.forward:
             return worst([(found[0], losses)])
-        return worst([(found[-2][rows], dx), (found[-1][columns], dw)])
+        return worst([(found[-2][TOKENS], dx), (found[-1][WORDS], dw)])
 
     def leaves(self):
         return self.x.detach().requires_grad_(), self.weight.detach().requires_grad_()
