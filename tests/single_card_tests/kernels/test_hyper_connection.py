@@ -67,7 +67,8 @@ BUGS = [
     (mix, "_mix", "h", lambda h: h.transpose([0, 2, 1]).contiguous()),
     (mix, "_mix_backward", "h", lambda h: h.transpose([0, 2, 1]).contiguous()),
     (mix, "_mix_backward", "post", HALF), (mix, "_mix_backward", "C", lambda c: c - 1),
-    (contract, "_gate", "eps", lambda _: 0.01), (contract, "_aggregate", "h", HALF), (contract, "_gate_backward", "scale", HALF),
+    (contract, "_gate", "eps", lambda _: 0.01), (contract, "_aggregate", "h", HALF),
+    (contract, "_gate_backward", "scale", HALF),
     (contract, "_project_backward", "gate", HALF), (contract, "_project_backward", "through", HALF),
     (contract, "_gate_finish", "total", HALF), (contract, "_add_parts", "count", lambda n: n - 1),
 ]
