@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import paddle
 from paddle import Tensor
 
 from paddledsv4.errors import UserError
@@ -24,7 +27,7 @@ def fused_sparse_attention(
 
     if limit := kernel.limits(CARRIER, query):
         raise UserError(f"sparse_attention=fused: {limit}; choose sparse_attention=paddle")
-    tensors = [x if x is None else x.contiguous() for x in (query, kv, compressed, selected, sink)]
+    tensors = [x if x is None else x.contiguous() for x in (query, kv, compressed, selected, bounded(sink))]
     static = {"window": window, "ratio": ratio, "scale": scale, "offset": offset}
     out, lse = kernel.forward(CARRIER, *tensors, **static)
 
@@ -35,3 +38,10 @@ def fused_sparse_attention(
         return dquery, dkv, *between, *(() if selected is None else (None,)), dsink
 
     return out.reshape([*query.shape[:2], -1]), backward
+
+
+def bounded(sink: Tensor) -> Tensor:
+    """The sink, but at most 1e37 in size, as the kernels count in powers of two: 3e38 log2(e) is no float32 number, and
+    -inf would be its own maximum where a query has no key. No weight changes; +inf and NaN stay, to be seen."""
+    shown = paddle.isnan(sink) | (sink == math.inf)
+    return paddle.where(shown, sink, paddle.clip(sink, -1e37, 1e37))
