@@ -107,7 +107,7 @@ def indexer(tokens: int) -> Iterator[Case]:
 
     def check_choice():
         """0.0 where the last queries chose what a stable sort chooses, all of them."""
-        order = masked()[:, -SAMPLE:].argsort(-1, descending=True, stable=True)[..., : plain.CHOSEN].sort(-1)[0]
+        order = masked()[:, -SAMPLE:].sort(dim=-1, descending=True, stable=True)[1][..., : plain.CHOSEN].sort(-1)[0]
         return 0.0 if torch.equal(order.int(), choose()[:, -SAMPLE:]) else float("nan")
 
     read = 4.0 * sum((i + 1) // plain.RATIO for i in range(tokens))  # bytes of complete entries
