@@ -2,7 +2,8 @@
 
 The streams are bfloat16, the weight float32, and the product is to be as good as float32: the weight, and in backward
 the projections' gradient, are cut into three bfloat16 numbers each whose sum they are, so that every product on the
-tensor cores is exact. float32 streams are multiplied without them.
+tensor cores is exact. float32 streams are multiplied without them. A tensor core rounds toward zero as it adds, so that the error grows with
+the length of a sum: products are added there within a tile only, tiles in float32.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ def _project(x, w, proj, squares, rows, K, M, each, TERMS: tl.constexpr, TOKENS:
     for k in tl.range(first, first + each, BLOCK, num_stages=STAGES):
         inside = (k + i) < K
         v = tl.load(x + at + (k + i)[None, :], (t < rows)[:, None] & inside[None, :], 0.0)
+        part = tl.zeros([TOKENS, MP], tl.float32)
         for term in tl.static_range(TERMS):
             u = tl.load(w + (term * MP + m)[None, :] * K + (k + i)[:, None], inside[:, None], 0.0)
-            total = tl.dot(v, u, total, input_precision="ieee")
+            part = tl.dot(v, u, part, input_precision="ieee")
+        total += part
         v = v.to(tl.float32)
         square += v * v
     to = tl.program_id(1).to(tl.int64) * rows + t
@@ -107,14 +110,15 @@ def _project_backward(x, w, d, factor, through, gate, dy, dx, parts, rows, C, M,
             g += tl.load(through + row * K + i[None, :], inside, 0.0).to(tl.float32)
             h = tl.load(gate + t * streams + stream, t < rows, 0.0)
             g += h[:, None] * tl.load(dy + row * C + c[None, :], inside, 0.0).to(tl.float32)
-        turned = tl.trans(v)
+        turned, sums = tl.trans(v), tl.zeros([BLOCK, MP], tl.float32)
         for term in tl.static_range(TERMS):
             part = tl.load(d + (row + term * rows) * MP + m[None, :], (t < rows)[:, None], 0.0)
             if term < 2:
                 g = tl.dot(part, upper, g, input_precision="ieee")
             if term == 0 and TERMS > 1:
                 g = tl.dot(part, lower, g)
-            dw = tl.dot(turned, part, dw, input_precision="ieee")
+            sums = tl.dot(turned, part, sums, input_precision="ieee")
+        dw += sums
         tl.store(dx + row * K + i[None, :], g.to(dx.dtype.element_ty), inside)
     to = tl.program_id(1).to(tl.int64) * M
     tl.store(parts + (to + m)[None, :] * K + i[:, None], dw, (m < M)[None, :] & (c < C)[:, None])
