@@ -23,12 +23,15 @@ def golden() -> dict[str, paddle.Tensor]:
 
 
 def variants(op: str) -> list:
-    """The variants of an op as test parameters, skipped where what they need is missing. Kernels are interpreted."""
-    return [
-        pytest.param(v, id=v.name, marks=pytest.mark.skipif(
-            bool(v.needs) and not installed(v.needs), reason=f"needs paddledsv4[{v.needs}]"
-        )) for v in OPS[op].variants.values()
-    ]  # fmt: skip
+    """The variants of an op as test parameters, skipped where what they need is missing. Kernels are interpreted, which
+    is slow; their own tests are in kernels/."""
+
+    def marks(variant: Variant) -> list:
+        missing = bool(variant.needs) and not installed(variant.needs)
+        skip = pytest.mark.skipif(missing, reason=f"needs paddledsv4[{variant.needs}]")
+        return [skip, pytest.mark.slow] if variant.needs == "triton" else [skip]
+
+    return [pytest.param(v, id=v.name, marks=marks(v)) for v in OPS[op].variants.values()]
 
 
 def function(variant: Variant, dtype: str):
