@@ -13,7 +13,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs paddledsv4[sft]")
 from paddledsv4.sft.tokens import CONTROLS  # noqa: E402
 
 SAMPLE = ROOT / "paddledsv4" / "sft" / "data" / "sample.jsonl"
-STEPS = 1000
+STEPS = 900
 
 
 def small_tokenizer(path) -> int:
