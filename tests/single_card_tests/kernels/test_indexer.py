@@ -6,8 +6,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+from fused_checks import plant  # noqa: E402
+from poison import poisoned_nearby  # noqa: E402, F401
+
 from paddledsv4.errors import UserError  # noqa: E402
-from paddledsv4.fusions.launcher import CARRIER, PaddleCarrier  # noqa: E402
+from paddledsv4.fusions.launcher import CARRIER  # noqa: E402
 from paddledsv4.kernels import indexer_score as kernel  # noqa: E402
 from paddledsv4.kernels import indexer_topk as choice  # noqa: E402
 from paddledsv4.numerics.registry import load_all  # noqa: E402
@@ -18,15 +21,12 @@ score = OPS["indexer_score"].variants["fused"].function
 topk = OPS["indexer_topk"].variants["fused"].function
 
 
+pytestmark = pytest.mark.usefixtures("poisoned_nearby")
+
+
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that nobody wrote gives NaN, or an entry that does not exist."""
+def seeded():
     paddle.seed(3)
-
-    def empty(self, shape, dtype, like):
-        return paddle.full(list(shape), float("nan") if "float" in dtype else -(1 << 14), dtype)
-
-    monkeypatch.setattr(PaddleCarrier, "empty", empty)
 
 
 def inputs(rows=5, batch=2, heads=3, d=6, groups=7, dtype="float32"):
@@ -73,29 +73,13 @@ def test_incomplete_entries_can_be_left_out():
     assert np.isnan(later[:, :3]).all() and np.isfinite(later[:, 3:]).all()
 
 
-def _parts_of_one_range(launch):
-    def planted(self, run, grid, *args, **meta):
-        if run is kernel._backward_key:
-            args = (*args[:5], args[5] - 1, *args[6:])
-        return launch(self, run, grid, *args, **meta)
-
-    return planted
-
-
-def _weights_not_scaled(launch):
-    def planted(self, run, grid, *args, **meta):
-        if run in (kernel._forward, kernel._backward_query):
-            at = next(i for i, x in enumerate(args) if isinstance(x, float))
-            args = (*args[:at], 1.0, *args[at + 1 :])
-        return launch(self, run, grid, *args, **meta)
-
-    return planted
-
-
-@pytest.mark.parametrize("bug", [_parts_of_one_range, _weights_not_scaled])
-def test_a_planted_bug_in_the_scores_is_found(bug, monkeypatch):
+@pytest.mark.parametrize("kernels, argument, change", [
+    (["_backward_key"], "s", lambda s: s - 1), (["_forward", "_backward_query"], "scale", lambda _: 1.0),
+], ids=["parts of one range", "weights not scaled"])  # fmt: skip
+def test_a_planted_bug_in_the_scores_is_found(kernels, argument, change, monkeypatch):
     tensors = inputs()
-    monkeypatch.setattr(PaddleCarrier, "launch", bug(PaddleCarrier.launch))
+    for name in kernels:
+        plant(monkeypatch, name, argument, change)
     assert not right(run(score, tensors), run(plain_indexer_score, tensors, "float64"), 1e-6)
 
 
