@@ -1,1 +1,1 @@
-"""Operations that stand for several ops at once, to save memory or time."""
+"""Operations that stand for several ops at once, and the table's `fused` variants: kernels on Paddle's tensors."""

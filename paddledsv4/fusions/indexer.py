@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from paddle import Tensor
 
-from paddledsv4.errors import UserError
 from paddledsv4.fusions.launcher import CARRIER
-from paddledsv4.fusions.support import refusal
+from paddledsv4.fusions.support import refusal, refuse
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.ops.indexer import indexer_score, indexer_topk
 from paddledsv4.ops.precision import dtype_name
@@ -19,8 +18,7 @@ def fused_indexer_score(query: Tensor, key: Tensor, weights: Tensor):
     """query [s, b, h, d], key [g, b, d], weights [s, b, h] -> scores [b, s, g] float32, not masked."""
     from paddledsv4.kernels import indexer_score as kernel
 
-    if limit := kernel.limits(CARRIER, query):
-        raise UserError(f"indexer_score=fused: {limit}; choose indexer_score=paddle")
+    refuse("indexer_score", kernel.limits(CARRIER, query))
     tensors = [x.contiguous() for x in (query, key, weights)]
 
     def backward(dscores):
@@ -35,6 +33,6 @@ def fused_indexer_topk(scores: Tensor, topk: int, ratio: int, offset: int = 0) -
     """scores [b, s, g] float32 -> [b, s, min(topk, g)] int32, -1: none."""
     from paddledsv4.kernels import indexer_topk as kernel
 
-    if dtype_name(scores) != "float32":
-        raise UserError(f"indexer_topk=fused: scores are {dtype_name(scores)}, not float32; choose indexer_topk=paddle")
+    found = dtype_name(scores)
+    refuse("indexer_topk", "" if found == "float32" else f"scores are {found}, not float32")
     return kernel.forward(CARRIER, scores.contiguous(), topk, ratio, offset)

@@ -7,9 +7,8 @@ import math
 import paddle
 from paddle import Tensor
 
-from paddledsv4.errors import UserError
 from paddledsv4.fusions.launcher import CARRIER
-from paddledsv4.fusions.support import refusal
+from paddledsv4.fusions.support import refusal, refuse
 from paddledsv4.numerics.function import differentiable
 from paddledsv4.ops.sparse_attention import sparse_attention
 
@@ -25,8 +24,7 @@ def fused_sparse_attention(
     None for every complete entry, sink [H] -> [s, b, H*D] in the dtype of query. UserError beyond a head dim of 512."""
     from paddledsv4.kernels import sparse_attention as kernel
 
-    if limit := kernel.limits(CARRIER, query):
-        raise UserError(f"sparse_attention=fused: {limit}; choose sparse_attention=paddle")
+    refuse("sparse_attention", kernel.limits(CARRIER, query))
     tensors = [x if x is None else x.contiguous() for x in (query, kv, compressed, selected, bounded(sink))]
     static = {"window": window, "ratio": ratio, "scale": scale, "offset": offset}
     out, lse = kernel.forward(CARRIER, *tensors, **static)

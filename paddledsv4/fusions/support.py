@@ -24,6 +24,12 @@ def refusal() -> str:
     return "" if found >= CAPABILITY else f"compute capability {found[0]}.{found[1]}, kernels are for 9.0 and newer"
 
 
+def refuse(op: str, limit: str) -> None:
+    """Raises UserError unless ``limit``, what the fused variant of ``op`` does not take, is empty."""
+    if limit:
+        raise UserError(f"{op}=fused: {limit}; choose {op}=paddle")
+
+
 def check_rows(what: str, *tensors: Tensor) -> None:
     """Whether a kernel can load tiles of these tensors through descriptors.
 
