@@ -13,7 +13,7 @@ from align.ulps import Distance
 from paddledsv4.errors import UserError
 from paddledsv4.model import DTYPES
 from paddledsv4.numerics.bfloat16 import needs_emulation
-from paddledsv4.numerics.policy import Policy, check_usable, installed
+from paddledsv4.numerics.policy import Policy, check_usable
 from paddledsv4.numerics.registry import Op
 from paddledsv4.observe.finite import described, is_finite, kind
 from paddledsv4.observe.known import known_ops
@@ -38,7 +38,7 @@ class Given:
 
 
 def chosen_variants(op: Op, origin_variant: str, preset: str | None, variants: Sequence[str]) -> list[str]:
-    """The variants to run, the recorded one first: those named, that of a preset, or else all that are installed.
+    """The variants to run, the recorded one first: those named, that of a preset, or else all that run here.
 
     Raises:
         UserError: a preset or a variant that there is not, or whose package is missing.
@@ -49,7 +49,7 @@ def chosen_variants(op: Op, origin_variant: str, preset: str | None, variants: S
         wanted.append(choice if choice in op.variants else "paddle")
     for name in wanted:
         check_usable(op, name)
-    usable = [v.name for v in op.variants.values() if not v.needs or installed(v.needs)]
+    usable = [v.name for v in op.variants.values() if not v.missing()]
     ordered = dict.fromkeys([*([origin_variant] if origin_variant in usable else []), *(wanted or usable)])
     return list(ordered)
 
