@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, model_validator
@@ -11,30 +10,15 @@ from typing_extensions import Self
 from paddledsv4.config.base import StrictConfig
 from paddledsv4.config.metrics import MetricsConfig
 from paddledsv4.config.profile import ProfileConfig
+from paddledsv4.config.steps import spans_in
 from paddledsv4.errors import UserError
 
 CheckFinite = Literal["off", "loss", "full"]
-_SPAN = re.compile(r"\s*(\d{1,9})(?:\s*:\s*(\d{1,9}))?\s*")
-
-
-def steps_in(text: str) -> list[tuple[int, int]]:
-    """ "1,5:8" -> [(1, 1), (5, 8)]: first and last step of every span, both included.
-
-    Raises:
-        UserError: it is no such list, or a step is below 1.
-    """
-    spans = []
-    for part in text.split(","):
-        ends = _SPAN.fullmatch(part)
-        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, 0)
-        if not 1 <= first <= last:
-            raise UserError(f"{text!r}: must be steps from 1 on and spans of them with commas, such as 1,5:8")
-        spans.append((first, last))
-    return spans
 
 
 def _checked(text: str) -> str:
-    steps_in(text)
+    if spans_in(text) is None:
+        raise UserError(f"{text!r}: must be steps from 1 on and spans of them with commas, such as 1,5:8")
     return text
 
 
@@ -50,7 +34,7 @@ class AttentionTraceConfig(StrictConfig):
 
     def wants(self, step: int) -> bool:
         """Whether ``step`` is recorded."""
-        return any(first <= step <= last for first, last in steps_in(self.steps))
+        return any(first <= step <= last for first, last in spans_in(self.steps))
 
 
 class ObserveConfig(StrictConfig):

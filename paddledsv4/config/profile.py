@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from paddledsv4.config.base import StrictConfig
+from paddledsv4.config.steps import span_in
 
 Rank = Annotated[int, Field(ge=0)]
-_STEPS = re.compile(r"([0-9]{1,9})(?::([0-9]{1,9}))?")
 
 
 class ProfileConfig(StrictConfig):
@@ -24,15 +23,14 @@ class ProfileConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _steps_are_a_span(self) -> Self:
-        if self.steps is not None and not 1 <= self.span[0] <= self.span[1]:
+        if self.steps is not None and span_in(self.steps) is None:
             self.reject("steps", 'must be a step, or the first and the last one such as "5:8"')
         return self
 
     @property
     def span(self) -> tuple[int, int]:
         """First and last step; (0, 0) if there are none."""
-        found = _STEPS.fullmatch(self.steps or "")
-        return (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        return span_in(self.steps or "") or (0, 0)
 
     def check(self, world_size: int, last_step: int) -> None:
         """Whether a run of so many ranks and steps has what is asked for.

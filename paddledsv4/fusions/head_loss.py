@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from paddle import Tensor
 
 from paddledsv4.errors import UserError
-from paddledsv4.fusions.linear_cross_entropy import fused_linear_cross_entropy, linear_cross_entropy
+from paddledsv4.fusions.linear_cross_entropy import linear_cross_entropy
 from paddledsv4.tensor_parallel.layers import ColumnParallelLinear
 from paddledsv4.transformer.build import Build
 
@@ -31,8 +31,6 @@ def head_loss(build: Build, ops: SimpleNamespace, head: ColumnParallelLinear, fu
         )
     if fused:
         ops.linear_cross_entropy = build.follow(linear_cross_entropy)
-        if ops.linear_cross_entropy is fused_linear_cross_entropy:
-            return lambda hidden, weight, labels, mask: ops.linear_cross_entropy(hidden, weight, labels, mask)
-        return lambda hidden, weight, labels, mask: ops.linear_cross_entropy(hidden, weight, labels)
+        return lambda hidden, weight, labels, mask: ops.linear_cross_entropy(hidden, weight, labels, mask=mask)
     enter = build.tensor.enter
     return lambda hidden, weight, labels, mask: ops.cross_entropy(head(enter(hidden), weight), labels)

@@ -37,8 +37,11 @@ def blocks(total: int, width: int) -> list[slice]:
 
 @linear_cross_entropy.variant("paddle", "blocks of tokens; backward computes the logits once more")
 @differentiable
-def paddle_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor):
-    """hidden [s, b, C], weight [V, C], labels [b, s] -> losses [b, s] in float32 or wider."""
+def paddle_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, mask: Tensor | None = None):
+    """hidden [s, b, C], weight [V, C], labels [b, s] -> losses [b, s] in float32 or wider.
+
+    mask [b, s]: says that the losses' gradient will be a multiple of it, for the variants that can use that.
+    """
     s, b, width = hidden.shape
     x, target = hidden.reshape([-1, width]), labels.t().reshape([-1, 1])
     logits = lambda rows: widen(paddle.matmul(x[rows], weight, transpose_y=True))  # noqa: E731
@@ -63,7 +66,9 @@ def paddle_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor):
 
 
 @linear_cross_entropy.variant("plain", "one block, differentiated by autograd")
-def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def plain_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
     logits = widen(paddle.matmul(hidden, weight, transpose_y=True))
     loss = paddle.logsumexp(logits, -1) - paddle.take_along_axis(logits, labels.t().unsqueeze(-1), -1).squeeze(-1)
     return loss.t()
@@ -73,7 +78,7 @@ def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -
     linear_cross_entropy, "bits of linear and cross_entropy: dx by blocks of tokens, dW by blocks of the vocabulary",
     explicit=True,
 )
-def megatron_linear_cross_entropy(K, hidden, weight, labels):
+def megatron_linear_cross_entropy(K, hidden, weight, labels, *, mask=None):
     s, b, width = hidden.shape
     tokens, vocabulary = s * b, weight.shape[0]
     x, target = hidden.reshape([tokens, width]), K.permute(labels, 1, 0).reshape([tokens, 1])
@@ -115,7 +120,9 @@ def megatron_linear_cross_entropy(K, hidden, weight, labels):
 
 @linear_cross_entropy.variant("fused", "Triton kernels: logits in registers, or three products where a mask is known",
                               needs="triton", refuses=refusal)
-def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+def fused_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
     """hidden [s, b, C], weight [V, C], labels [b, s] -> losses [b, s] in float32.
 
     mask [b, s]: says that the losses' gradient will be a multiple of it. Both gradients are then computed with the

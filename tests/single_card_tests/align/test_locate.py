@@ -18,10 +18,9 @@ from align.locate.show import as_dict, verdict
 pytest.importorskip("torch", reason="the reference is the torch preset")
 
 BY_NAME = {bug.name: bug for bug in BUGS}
-QUICK = [
-    "attention scale +0.1 %", "RMSNorm eps 1e-5", "router logits cast early", "MTP roll off by one", "wrong beta2",
-    "query cut off from the graph", "weight gradient +0.1 %", "sink gradient missing", "last bit of the norm",
-    "causal mask of the indexer missing",
+QUICK = [  # one of a kind: a cast, a shift, the optimizer, the graph, a gradient, one bit, a choice
+    "router logits cast early", "MTP roll off by one", "wrong beta2", "query cut off from the graph",
+    "sink gradient missing", "last bit of the norm", "causal mask of the indexer missing",
 ]  # fmt: skip
 
 

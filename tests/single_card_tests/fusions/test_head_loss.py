@@ -14,13 +14,13 @@ from paddledsv4.numerics.policy import Policy
 from paddledsv4.training.trainer import Trainer
 
 
-def three_steps(policy: Policy, fused: bool, block: int = 1 << 16) -> tuple[list, str]:
+def steps(policy: Policy, fused: bool, count: int = 2, block: int = 1 << 16) -> tuple[list, str]:
     model, train = tiny_configs()
     train = train.replace(linear_cross_entropy=fused, sequence_length=64)
     tokens = np.load(BUNDLES / "tiny-fp32" / "tokens.npy")[:, :65]
     trainer = Trainer(model, train, policy, tokens, initial_state())
     with mock.patch.object(linear_cross_entropy, "BLOCK", block):
-        results = list(trainer.train(3))
+        results = list(trainer.train(count))
     return [(loss.main, loss.mtp) for result in results for loss in result.losses], trainer.weights_md5()
 
 
@@ -29,13 +29,13 @@ def test_steps_are_bit_equal_with_and_without_it(preset):
     if preset == "torch":
         pytest.importorskip("torch")
     policy = Policy.preset(preset)
-    assert three_steps(policy, True) == three_steps(policy, False)
+    assert steps(policy, True) == steps(policy, False)
 
 
 def test_it_follows_the_switch_of_the_loss():
     """The equality above can fail: the other order has other bits."""
-    ours = three_steps(Policy.preset("megatron", {"cross_entropy": "paddle"}), True)
-    theirs = three_steps(Policy.preset("megatron"), True)
+    ours = steps(Policy.preset("megatron", {"cross_entropy": "paddle"}), True, 1)
+    theirs = steps(Policy.preset("megatron"), True, 1)
     assert ours != theirs and np.allclose(ours[0], theirs[0], rtol=1e-5)
 
 

@@ -125,7 +125,7 @@ def worst(model, losses=LOSSES) -> float:
     return errors[name]
 
 
-@pytest.mark.parametrize("preset", ["paddle", "plain", "megatron", "torch"])
+@pytest.mark.parametrize("preset", ["paddle", "plain", pytest.param("megatron", marks=pytest.mark.slow), "torch"])
 def test_packed_documents_are_the_documents_alone(preset):
     if preset == "torch":
         pytest.importorskip("torch")

@@ -87,9 +87,9 @@ def matches(bundle: str, policy: Policy, steps: int) -> tuple[int, int, bool]:
     return main, mtp, trainer.weights_md5() == final
 
 
-@pytest.mark.parametrize("bundle", ["tiny-fp32", "tiny-bf16"])
-def test_ten_steps(bundle):
-    assert matches(bundle, Policy.preset("torch"), 10) == (20, 20, False)
+@pytest.mark.parametrize(("bundle", "steps"), [("tiny-fp32", 10), ("tiny-bf16", 5)])
+def test_the_first_steps(bundle, steps):
+    assert matches(bundle, Policy.preset("torch"), steps) == (2 * steps, 2 * steps, False)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def traced(folder, preset="paddle", precision="fp32", layers="*", steps="2", pla
     return runner, results, folder / "trace" / "step000002-rank0.safetensors"
 
 
-@pytest.mark.parametrize("preset", ["paddle", "megatron", "torch"])
+@pytest.mark.parametrize("preset", ["paddle", pytest.param("megatron", marks=pytest.mark.slow), "torch"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_bit_changes_and_everything_is_there(tmp_path, preset, precision):
     plain = small(preset, precision, gradient_accumulation_steps=2)

@@ -24,7 +24,10 @@ def times_of(folder) -> dict:
     return {op.name: op for op in op_times(read_trace(profile_path(folder, 0))).ops}
 
 
-@pytest.mark.parametrize(("preset", "precision"), [("paddle", "fp32"), ("megatron", "fp32"), ("plain", "bf16")])
+@pytest.mark.parametrize(
+    ("preset", "precision"),
+    [("paddle", "fp32"), pytest.param("megatron", "fp32", marks=pytest.mark.slow), ("plain", "bf16")],
+)
 def test_no_bit_changes_and_every_op_has_its_time(tmp_path, preset, precision):
     plain, watched = small(preset, precision), small(preset, precision)
     assert numbers(profiled(watched, tmp_path)) == numbers(plain.train(3))
