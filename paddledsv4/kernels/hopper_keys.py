@@ -1,4 +1,4 @@
-"""What both of Hopper's kernels need: ``attention_keys`` in Gluon, barriers, and how a result leaves."""
+"""What both of Hopper's kernels need: ``attention_keys`` in Gluon, barriers, and how a query arrives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D: gl.constexpr, WINDOW: gl.constexpr,
-              FAR: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+             FAR: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
     """As ``attention_keys.key_rows``: pointers to the keys of a tile; the own key where there is none."""
     NEAR: gl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
     i = gl.arange(0, BLOCK_N, layout)
@@ -33,7 +33,7 @@ def key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D: gl.
 
 @gluon.jit
 def key_exists(selected, tile, row, far, n, batch, s, K, WINDOW: gl.constexpr, FAR: gl.constexpr,
-                BLOCK_N: gl.constexpr, layout: gl.constexpr):
+               BLOCK_N: gl.constexpr, layout: gl.constexpr):
     """Which keys of a tile there are."""
     NEAR: gl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
     i = gl.arange(0, BLOCK_N, layout)
@@ -81,20 +81,3 @@ def fetch(x, buffer, arrived, row, batch, first_head, b, H):
     numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
     async_copy.async_copy_global_to_shared(buffer, x + numbers, mask=(head[:, None] < H) & (d[None, :] < D))
     async_copy.mbarrier_arrive(arrived, increment_count=False)
-
-
-@gluon.jit
-def write_half(out, queries, value, row, batch, first_head, b, H, SIDE: gl.constexpr):
-    """Half of the columns of a result [s, b, H, D], through the same half of the query's memory. Four warps."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
-    D: gl.constexpr = queries.shape[1]
-    HALF: gl.constexpr = D // 2
-    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    mine = queries.slice(SIDE * HALF, HALF, 1)
-    gl.thread_barrier()
-    mine.store(value.to(queries.dtype))
-    gl.thread_barrier()
-    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
-    d = SIDE * HALF + gl.arange(0, HALF, gl.SliceLayout(0, copies))
-    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
-    gl.store(out + numbers, mine.load(copies), (head[:, None] < H) & (d[None, :] < D))

@@ -37,7 +37,7 @@ def results(hidden, weight, dloss, labels, mask=None):
     """Losses and both gradients."""
     hidden, weight = (x.detach() for x in (hidden, weight))
     hidden.stop_gradient = weight.stop_gradient = False
-    losses = fused(hidden, weight, labels, mask)
+    losses = fused(hidden, weight, labels, mask=mask)
     paddle.autograd.backward([losses], [dloss.astype("float32")])
     return [x.astype("float64").numpy() for x in (losses, hidden.grad, weight.grad)]
 
