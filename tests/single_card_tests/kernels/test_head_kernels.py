@@ -86,7 +86,7 @@ def test_a_frozen_weight_gets_no_gradient(known):
     hidden, weight, dloss, labels = inputs(SHAPES[1], "float32")
     leaf = hidden.detach()
     leaf.stop_gradient = False
-    losses = fused(leaf, weight, labels, dloss if known else None)
+    losses = fused(leaf, weight, labels, mask=dloss if known else None)
     paddle.autograd.backward([losses], [dloss])
     exact = formula(hidden, weight, dloss, labels)[1]
     assert weight.grad is None and max(errors([leaf.grad.numpy()], [exact])) <= BOUNDS["float32"]
@@ -95,7 +95,7 @@ def test_a_frozen_weight_gets_no_gradient(known):
 def test_without_gradients_none_are_computed(monkeypatch):
     hidden, weight, dloss, labels = inputs(SHAPES[1], "float32")
     monkeypatch.setattr(kernel, "losses_and_gradients", lambda *_: pytest.fail("nobody wants them"))
-    losses = fused(hidden, weight, labels, dloss)
+    losses = fused(hidden, weight, labels, mask=dloss)
     assert max(errors([losses.numpy()], formula(hidden, weight, dloss, labels)[:1])) <= BOUNDS["float32"]
 
 
