@@ -46,7 +46,7 @@ def matches(done: subprocess.CompletedProcess) -> dict[str, tuple[int, int]]:
     return {kind: (int(equal), int(of)) for kind, equal, of in found}
 
 
-@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 8))])
 def test_the_first_steps_have_megatrons_bits(tmp_path, ranks):
     path = bundle(tmp_path / f"ep{ranks}", ranks)
     done = align_run(path, "--numerics", "torch", "--launch", "--out", tmp_path / "out")

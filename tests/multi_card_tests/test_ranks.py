@@ -8,18 +8,24 @@ import pytest
 from ranks import HERE, run_ranks
 
 FILES = ("jobs.py", "context_checks.py", "lora_checks.py", "metrics_checks.py", "tensor_checks.py")
-CHECKS = {
-    node.name: file
+CHECKS = [
+    node.name
     for file in FILES
     for node in ast.parse((HERE / file).read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-}
-OF_FOUR = {"jobs.py", "tensor_checks.py"}  # what two ranks cannot show: uneven exchanges, layouts of two axes
-SLOW = {(2, "check_tensor_parallel_losses_of_20_steps")}
+]
+OF_FOUR = {  # what two ranks cannot show: groups that are not the world, uneven exchanges, layouts of two axes
+    "check_all_reduce", "check_gather_scatter_broadcast", "check_all_to_all_is_uneven", "check_gradients",
+    "check_groups", "check_redistribute", "check_expert_parallel_is_the_same_model", "check_mappings",
+    "check_vocab_parallel_cross_entropy", "check_tensor_and_context_parallel_together_are_the_same_model",
+    "check_initial_weights_are_the_same_on_any_layout",
+}  # fmt: skip
+LONG = {"check_tensor_parallel_losses_of_20_steps"}
+assert OF_FOUR | LONG <= set(CHECKS)
 
 
 def _slow(count: int, name: str) -> bool:
-    return (count, name) in SLOW or count > 4 or (count == 4 and CHECKS[name] not in OF_FOUR)
+    return count > 4 or name in LONG or (count == 4 and name not in OF_FOUR)
 
 
 CASES = [
