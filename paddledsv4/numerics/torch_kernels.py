@@ -39,14 +39,21 @@ def to_torch(x: Tensor) -> torch.Tensor:
     return t if list(t.stride()) == dense else t.as_strided(t.shape, dense)
 
 
+@functools.cache
+def _nothing() -> Tensor:
+    return paddle.empty([0])
+
+
 def to_paddle(t: torch.Tensor) -> Tensor:
     """The same memory as a Paddle tensor.
 
-    paddle.from_dlpack does the same in 72 microseconds instead of 8, most of it spent on finding out the device.
+    Every call of Paddle's own constructor, in paddle.from_dlpack too, loses 64 bytes for ever: 80 KB in a step of the
+    tiny model. A clone of an empty tensor that is then given the memory loses none (3 microseconds, from_dlpack 72).
     Streams need no synchronisation: torch works on Paddle's (:func:`paddle_stream`).
     """
-    dense = paddle.base.core.from_dlpack(torch_to_dlpack(t))
-    return Tensor(dense, device=dense._place())
+    tensor = _nothing().clone()
+    tensor.get_tensor()._share_data_with(paddle.base.core.from_dlpack(torch_to_dlpack(t)))
+    return tensor
 
 
 class Exchange:
