@@ -22,20 +22,25 @@ from paddledsv4.numerics.paddle_kernels import PaddleKernels
 from paddledsv4.numerics.registry import Op
 
 
-def megatron_order(op: Op, note: str, explicit: bool = False, same_bits: str = "") -> Callable[[Callable], Callable]:
+def megatron_order(
+    op: Op, note: str, explicit: bool = False, same_bits: str = "", constant: bool = False
+) -> Callable[[Callable], Callable]:
     """Register the decorated ``function(K, *tensors, **static)`` as variants ``megatron`` and ``torch`` of ``op``.
 
-    ``same_bits`` says why the two give the same bits in float32 on a CPU, where they do.
+    ``same_bits`` says why the two give the same bits in float32 on a CPU, where they do. ``constant``: the function
+    takes no tensors, and its last results are kept. They are kept as Paddle tensors, because Paddle never frees memory
+    of torch's that it was given a second time while it had it.
     """
+    kept = functools.lru_cache(maxsize=64) if constant else lambda variant: variant
 
     def register(function: Callable) -> Callable:
         native = functools.partial(function, PaddleKernels)
         functools.update_wrapper(native, function)
         emulated, on_torch = with_rounding(function, explicit), _on_torch(function, explicit)
-        op.variant("megatron", note, emulated=emulated)(differentiable(native) if explicit else native)
+        op.variant("megatron", note, emulated=kept(emulated))(kept(differentiable(native) if explicit else native))
         op.variant(
-            "torch", "as megatron, on torch's kernels", needs="torch", same_bits=same_bits, emulated=on_torch
-        )(on_torch)
+            "torch", "as megatron, on torch's kernels", needs="torch", same_bits=same_bits, emulated=kept(on_torch)
+        )(kept(on_torch))
         return function
 
     return register

@@ -26,8 +26,10 @@ def paddle_rope_table(
     return paddle.cos(angles), paddle.sin(angles)
 
 
-@functools.lru_cache(maxsize=64)
-def _megatron_table(K, length, stride, dtype, dim, base, factor, low, high):
+@megatron_order(
+    rope_table, "1 / base^x, 1 / (factor base^x), mixed by 1 - ramp; kernels' pow, cos and sin", constant=True
+)
+def megatron_rope_table(K, length, stride, dtype, dim, base, factor, low, high):
     exponent = K.arange(0, dim, 2, dtype=dtype) / dim
     frequencies = 1.0 / (base**exponent)
     if factor is not None:
@@ -36,8 +38,3 @@ def _megatron_table(K, length, stride, dtype, dim, base, factor, low, high):
         frequencies = (1.0 / (factor * base**exponent)) * (1 - mask) + frequencies * mask
     angles = (K.arange(length, dtype=dtype) * stride).unsqueeze(1) * frequencies.unsqueeze(0)
     return K.cos(angles), K.sin(angles)
-
-
-@megatron_order(rope_table, "1 / base^x, 1 / (factor base^x), mixed by 1 - ramp; kernels' pow, cos and sin")
-def megatron_rope_table(K, length, stride, dtype, dim, base, factor, low, high):
-    return _megatron_table(K, length, stride, dtype, dim, base, factor, low, high)
