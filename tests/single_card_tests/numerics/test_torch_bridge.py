@@ -1,7 +1,7 @@
 """Tensors that cross between Paddle and torch: one memory, nothing lost on the way."""
 
 import gc
-from pathlib import Path
+import sys
 
 import numpy as np
 import paddle
@@ -11,22 +11,19 @@ torch = pytest.importorskip("torch")
 
 from paddledsv4.numerics.torch_kernels import to_paddle, to_torch  # noqa: E402
 
-CALLS = 100_000
+CALLS = 1000
 
 
-def grown(convert) -> int:
-    """Bytes by which this process grows in so many calls."""
-
-    def resident() -> int:
-        gc.collect()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    for _ in range(2000):
-        convert()
-    before = resident()
+def kept(convert) -> int:
+    """Blocks of Python's memory that so many calls have kept."""
     for _ in range(CALLS):
         convert()
-    return resident() - before
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(CALLS):
+        convert()
+    gc.collect()
+    return sys.getallocatedblocks() - before
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int64", "int32", "bool"])
@@ -53,10 +50,11 @@ def test_the_memory_lives_as_long_as_the_tensor():
 
 def test_nothing_is_lost_on_the_way():
     x, t = paddle.zeros([4, 5]), torch.zeros(4, 5)
-    assert grown(lambda: to_torch(x)) < 8 * CALLS
-    assert grown(lambda: to_paddle(t)) < 8 * CALLS
+    assert kept(lambda: to_torch(x)) < CALLS / 10
+    assert kept(lambda: to_paddle(t)) < CALLS / 10
 
 
 def test_a_loss_would_be_seen():
+    """As it is in Paddle 3.3.1; when this fails, to_paddle may be simpler."""
     dense = paddle.base.core.from_dlpack(torch.utils.dlpack.to_dlpack(torch.zeros(4, 5)))
-    assert grown(lambda: paddle.Tensor(dense)) > 32 * CALLS  # Paddle 3.3.1; when this fails, to_paddle may be simpler
+    assert kept(lambda: paddle.Tensor(dense)) >= CALLS
