@@ -14,7 +14,6 @@ from paddledsv4.numerics.registry import define
 hadamard = define("hadamard", "orthogonal Hadamard rotation of the last dimension", spec="8.2")
 
 
-@functools.lru_cache(maxsize=8)
 def sylvester(d: int) -> np.ndarray:
     """The d x d matrix of +1 and -1, d a power of two."""
     h = np.ones((1, 1))
@@ -23,12 +22,16 @@ def sylvester(d: int) -> np.ndarray:
     return h
 
 
+@functools.lru_cache(maxsize=8)
+def _signs(d: int, dtype: paddle.dtype) -> Tensor:
+    return paddle.to_tensor(sylvester(d), dtype=dtype)
+
+
 @hadamard.variant("paddle", "one GEMM with the matrix of signs, then the scale")
 def paddle_hadamard(x: Tensor) -> Tensor:
     """x [..., d] -> [..., d], d a power of two."""
     d = x.shape[-1]
-    signs = paddle.to_tensor(sylvester(d), dtype=x.dtype)
-    return paddle.matmul(x.reshape([-1, d]), signs).reshape(x.shape) * d**-0.5
+    return paddle.matmul(x.reshape([-1, d]), _signs(d, x.dtype)).reshape(x.shape) * d**-0.5
 
 
 def _butterfly(K, x):
