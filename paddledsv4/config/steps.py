@@ -15,6 +15,6 @@ def span_in(text: str) -> tuple[int, int] | None:
 
 
 def spans_in(text: str) -> list[tuple[int, int]] | None:
-    """ "1, 5:8" -> [(1, 1), (5, 8)]; None if any part is no span."""
-    spans = [span_in(part.strip()) for part in text.split(",")]
+    """ "1, 5 : 8" -> [(1, 1), (5, 8)]; None if any part is no span."""
+    spans = [span_in(":".join(map(str.strip, part.split(":")))) for part in text.split(",")]
     return None if None in spans else spans
