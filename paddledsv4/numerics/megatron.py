@@ -36,11 +36,12 @@ def megatron_order(
     def register(function: Callable) -> Callable:
         native = functools.partial(function, PaddleKernels)
         functools.update_wrapper(native, function)
-        emulated, on_torch = with_rounding(function, explicit), _on_torch(function, explicit)
-        op.variant("megatron", note, emulated=kept(emulated))(kept(differentiable(native) if explicit else native))
+        native = kept(differentiable(native) if explicit else native)
+        emulated, on_torch = kept(with_rounding(function, explicit)), kept(_on_torch(function, explicit))
+        op.variant("megatron", note, emulated=emulated)(native)
         op.variant(
-            "torch", "as megatron, on torch's kernels", needs="torch", same_bits=same_bits, emulated=kept(on_torch)
-        )(kept(on_torch))
+            "torch", "as megatron, on torch's kernels", needs="torch", same_bits=same_bits, emulated=on_torch
+        )(on_torch)
         return function
 
     return register

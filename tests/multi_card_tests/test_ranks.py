@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from ranks import HERE, run_ranks
 
-FILES = ("jobs.py", "context_checks.py", "lora_checks.py", "metrics_checks.py", "tensor_checks.py")
 CHECKS = [
     node.name
-    for file in FILES
+    for file in ("jobs.py", "context_checks.py", "lora_checks.py", "metrics_checks.py", "tensor_checks.py")
     for node in ast.parse((HERE / file).read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]

@@ -10,7 +10,6 @@ import pytest
 from reference import ROOT
 from safetensors.paddle import load_file
 
-from paddledsv4.numerics.policy import installed
 from paddledsv4.numerics.registry import Variant, load_all
 from paddledsv4.ops.precision import widen
 
@@ -27,8 +26,7 @@ def variants(op: str) -> list:
     is slow; their own tests are in kernels/."""
 
     def marks(variant: Variant) -> list:
-        missing = bool(variant.needs) and not installed(variant.needs)
-        skip = pytest.mark.skipif(missing, reason=f"needs paddledsv4[{variant.needs}]")
+        skip = pytest.mark.skipif(bool(variant.missing()), reason=variant.missing() or "runs here")
         return [skip, pytest.mark.slow] if variant.needs == "triton" else [skip]
 
     return [pytest.param(v, id=v.name, marks=marks(v)) for v in OPS[op].variants.values()]
