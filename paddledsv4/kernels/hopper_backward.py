@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, fetch, key_exists, key_rows
+from paddledsv4.kernels.hopper_keys import LOG2E, announce, barriers, far_slots, fetch, key_exists, key_rows
 
 GATHER_REGISTERS = gl.constexpr(56)
 
@@ -25,7 +25,7 @@ GATHER_REGISTERS = gl.constexpr(56)
 def _gather(kv, compressed, selected, keys, full, empty, tiles, row, batch, far, s, b, n, K, D: gl.constexpr,
             WINDOW: gl.constexpr, FAR: gl.constexpr):
     """Four warps: tile after tile, as soon as its memory is free."""
-    BLOCK_N: gl.constexpr = keys.shape[0]
+    BLOCK_N: gl.constexpr = keys.shape[1]
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     by_row: gl.constexpr = gl.SliceLayout(1, copies)
     d = gl.arange(0, D, gl.SliceLayout(0, copies))
@@ -34,8 +34,9 @@ def _gather(kv, compressed, selected, keys, full, empty, tiles, row, batch, far,
         ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
                          by_row)
         mbarrier.wait(empty, (tile + 1) % 2)
-        async_copy.async_copy_global_to_shared(keys, pointers[:, None] + d[None, :])
-        async_copy.mbarrier_arrive(full, increment_count=False)
+        async_copy.async_copy_global_to_shared(keys.index(0), pointers[:, None] + d[None, :])
+        async_copy.commit_group()
+        announce(full)
         pointers = ahead
 
 
@@ -60,8 +61,8 @@ def _differentiate(selected, sink, out, lse, dq, dsinks, parts, queries, douts, 
                    empty, tiles, row, batch, first_head, far, s, b, n, K, H, scale, D: gl.constexpr,
                    WINDOW: gl.constexpr, FAR: gl.constexpr, PIECE: gl.constexpr):
     """Eight warps: all that is computed. parts: where the query's rows begin."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
-    BLOCK_N: gl.constexpr = keys.shape[0]
+    BLOCK_H: gl.constexpr = queries.shape[1]
+    BLOCK_N: gl.constexpr = keys.shape[1]
     dtype: gl.constexpr = queries.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_N // 2, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
@@ -84,7 +85,7 @@ def _differentiate(selected, sink, out, lse, dq, dsinks, parts, queries, douts, 
     sums = gl.zeros([BLOCK_H], gl.float32, by_row)
     for piece in gl.static_range(D // PIECE):
         o = gl.load(out + numbers + piece * PIECE + e[None, :], (head[:, None] < H) & (e[None, :] < D), 0.0)
-        sums += gl.sum(o.to(gl.float32) * douts.slice(piece * PIECE, PIECE, 1).load(copies).to(gl.float32), 1)
+        sums += gl.sum(o.to(gl.float32) * douts.index(0).slice(piece * PIECE, PIECE, 1).load(copies).to(gl.float32), 1)
     delta = gl.convert_layout(sums, by_head)
     mine = first_head + gl.arange(0, BLOCK_H, by_head)
     norm = gl.load(lse + token * H + mine, mine < H, float("inf"))  # no head: weights of zero
@@ -95,12 +96,14 @@ def _differentiate(selected, sink, out, lse, dq, dsinks, parts, queries, douts, 
     target = parts + gl.arange(0, BLOCK_N, gl.SliceLayout(1, stores))[:, None] * D
     target += gl.arange(0, PIECE, gl.SliceLayout(0, stores))[None, :]
     mbarrier.wait(arrived.index(0), 0)
+    fence_async_shared()
     for tile in range(tiles):
         exists = key_exists(selected, tile, row, far, n, batch, s, K, WINDOW, FAR, BLOCK_N, by_key)
         mbarrier.wait(full, tile % 2)
-        fence_async_shared()
-        score = _products(queries, keys, scores)
-        dweight = _products(douts, keys, scores)
+        always = tile // 65536  # zero, which the compiler does not know: else it keeps addresses, and spills them
+        q_now, d_now, k_now = queries.index(always), douts.index(always), keys.index(always)
+        score = _products(q_now, k_now, scores)
+        dweight = _products(d_now, k_now, scores)
         score = warpgroup_mma_wait(1, deps=(score,))
         weight = gl.where(exists[None, :], gl.exp2(score * (scale * LOG2E) - norm[:, None]), 0.0)
         weights.store(weight.to(dtype))
@@ -108,8 +111,8 @@ def _differentiate(selected, sink, out, lse, dq, dsinks, parts, queries, douts, 
         dscores.store((weight * (dweight - delta[:, None]) * scale).to(dtype))
         fence_async_shared()
         gl.thread_barrier()
-        dquery = warpgroup_mma(dscores, keys, dquery, is_async=True)
-        part = _key_part(queries, douts, weights, dscores, none, 0, PIECE)
+        dquery = warpgroup_mma(dscores, k_now, dquery, is_async=True)
+        part = _key_part(q_now, d_now, weights, dscores, none, 0, PIECE)
         dquery = warpgroup_mma_wait(2, deps=(dquery,))
         gl.thread_barrier()
         mbarrier.arrive(empty)
@@ -117,13 +120,13 @@ def _differentiate(selected, sink, out, lse, dq, dsinks, parts, queries, douts, 
             part = warpgroup_mma_wait(0, deps=(part,))
             done = part.to(dtype)
             if piece + 1 < D // PIECE:
-                part = _key_part(queries, douts, weights, dscores, none, (piece + 1) * PIECE, PIECE)
+                part = _key_part(q_now, d_now, weights, dscores, none, (piece + 1) * PIECE, PIECE)
             gl.store(target + piece * PIECE, gl.convert_layout(done, stores))
         target += BLOCK_N * D
         gl.thread_barrier()  # both warpgroups are done with the weights
-    queries.store(dquery.to(dtype))
+    queries.index(0).store(dquery.to(dtype))
     gl.thread_barrier()
-    gl.store(dq + numbers + d[None, :], queries.load(copies), (head[:, None] < H) & (d[None, :] < D))
+    gl.store(dq + numbers + d[None, :], queries.index(0).load(copies), (head[:, None] < H) & (d[None, :] < D))
 
 
 @gluon.jit
@@ -135,15 +138,15 @@ def backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, part
     dtype: gl.constexpr = q.dtype.element_ty
     row, batch = first + gl.program_id(0), gl.program_id(1)
     target = parts + (gl.program_id(0).to(gl.int64) * b + batch) * slots * D
-    queries = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
-    douts = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
-    keys = gl.allocate_shared_memory(dtype, [BLOCK_N, D], shared)
+    queries = gl.allocate_shared_memory(dtype, [1, BLOCK_H, D], shared)
+    douts = gl.allocate_shared_memory(dtype, [1, BLOCK_H, D], shared)
+    keys = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], shared)
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
     dscores = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
-    arrived, full, empty = barriers(2, 32 * gl.num_warps()), barriers(1, 128), barriers(1, 1)
+    arrived, full, empty = barriers(2, 32 * gl.num_warps()), barriers(1, 1), barriers(1, 1)
     gl.thread_barrier()
-    fetch(dout, douts, arrived.index(1), row, batch, first_head, b, H)
-    fetch(q, queries, arrived.index(0), row, batch, first_head, b, H)
+    fetch(dout, douts.index(0), arrived.index(1), row, batch, first_head, b, H)
+    fetch(q, queries.index(0), arrived.index(0), row, batch, first_head, b, H)
     far = far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
     tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
     gl.warp_specialize([

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from paddledsv4.kernels.hopper_keys import LOG2E, barriers, far_slots, fetch, key_exists, key_rows
+from paddledsv4.kernels.hopper_keys import LOG2E, announce, barriers, far_slots, fetch, key_exists, key_rows
 
 GATHER_REGISTERS = gl.constexpr(64)
 
@@ -44,10 +44,13 @@ def _gather(q, kv, compressed, selected, queries, keys, arrived, full, empty, ti
     for tile in range(tiles):
         ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
                           by_row)
+        if tile > 0:
+            announce(full.index((tile - 1) % 2))
         mbarrier.wait(empty.index(tile % 2), (tile // 2 + 1) % 2)
         async_copy.async_copy_global_to_shared(keys.index(tile % 2), pointers[:, None] + d[None, :])
-        async_copy.mbarrier_arrive(full.index(tile % 2), increment_count=False)
+        async_copy.commit_group()
         pointers = ahead
+    announce(full.index((tiles - 1) % 2))
 
 
 @gluon.jit
@@ -84,7 +87,6 @@ def _attend(selected, sink, out, lse, queries, keys, weights, arrived, full, emp
         gl.thread_barrier()
         value = warpgroup_mma(weights, keys.index(tile % 2), value, is_async=True)
         mbarrier.wait(full.index((tile + 1) % 2), (tile + 1) // 2 % 2)
-        fence_async_shared()
         score = warpgroup_mma(queries, keys.index((tile + 1) % 2).permute((1, 0)), none, use_acc=False, is_async=True)
         value = warpgroup_mma_wait(1, deps=(value,))
         gl.thread_barrier()
@@ -123,7 +125,7 @@ def forward(q, kv, compressed, selected, sink, out, lse, s, b, n, g, K, H, D: gl
     queries = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
     keys = gl.allocate_shared_memory(dtype, [2, BLOCK_N, D], shared)
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
-    arrived, full, empty = barriers(1, 128), barriers(2, 128), barriers(2, 1)
+    arrived, full, empty = barriers(1, 128), barriers(2, 1), barriers(2, 1)
     gl.thread_barrier()
     gl.warp_specialize([
         (_attend, (selected, sink, out, lse, queries, keys, weights, arrived.index(0), full, empty, tiles, row, batch,

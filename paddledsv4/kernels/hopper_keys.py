@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -68,6 +68,15 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), ARRIVALS)
     return barriers
+
+
+@gluon.jit
+def announce(full):
+    """Say that all copies so far have arrived, once the tensor cores can see them."""
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(full)
 
 
 @gluon.jit
