@@ -1,7 +1,8 @@
 """The backward pass of sparse attention written for Hopper in Gluon: the formula of ``sparse_attention._backward``.
 
-Two warpgroups share the scores of a tile by keys and all gradients by columns; a third one gathers. The keys' gradient
-of a tile is computed and written in pieces of its columns, while the next tile arrives.
+A program stays and takes query after query. Two of its warpgroups share the scores of a tile by keys and all gradients
+by columns; the keys' gradient of a tile is computed and written in pieces of its columns. A third one fetches: the
+tiles, the next query while the last one ends, and, for the query after that, the products of output and gradient.
 """
 
 from __future__ import annotations
@@ -16,28 +17,77 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from paddledsv4.kernels.hopper_keys import LOG2E, announce, barriers, far_slots, fetch, key_exists, key_rows
+from paddledsv4.kernels.hopper_keys import LOG2E, announce, barriers, fetch, key_rows, numbers, tiles_of
 
 GATHER_REGISTERS = gl.constexpr(56)
+CHUNKS = gl.constexpr(8)  # of the head dim, in which output and gradient are multiplied
 
 
 @gluon.jit
-def _gather(kv, compressed, selected, keys, full, empty, tiles, row, batch, far, s, b, n, K, D: gl.constexpr,
+def _delta(out, dout, token, first_head, H, chunk, there, BLOCK_H: gl.constexpr, D: gl.constexpr,
+           layout: gl.constexpr):
+    """The sum of output times gradient over one chunk of the head dim, for every head; zeros unless ``there``."""
+    COLUMNS: gl.constexpr = D // CHUNKS
+    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, layout))
+    d = chunk * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    at = (token * H + head[:, None]) * D + d[None, :]
+    here = there & (chunk < CHUNKS) & (head[:, None] < H) & (d[None, :] < D)
+    return gl.sum(gl.load(out + at, here, 0.0).to(gl.float32) * gl.load(dout + at, here, 0.0).to(gl.float32), 1)
+
+
+@gluon.jit
+def _gather(q, kv, compressed, selected, far_slots, sink, out, lse, dout, dsinks, queries, douts, keys, exists, norms,
+            deltas, full, empty, free, first, items, first_head, s, b, n, K, H, D: gl.constexpr,
             WINDOW: gl.constexpr, FAR: gl.constexpr):
-    """Four warps: tile after tile, as soon as its memory is free."""
+    """Four warps: whatever is read from memory, as soon as there is room for it."""
+    BLOCK_H: gl.constexpr = queries.shape[1]
     BLOCK_N: gl.constexpr = keys.shape[1]
+    HALF: gl.constexpr = D // 2
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     by_row: gl.constexpr = gl.SliceLayout(1, copies)
     d = gl.arange(0, D, gl.SliceLayout(0, copies))
-    pointers = key_rows(kv, compressed, selected, 0, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N, by_row)
-    for tile in range(tiles):
-        ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
-                         by_row)
-        mbarrier.wait(empty, (tile + 1) % 2)
-        async_copy.async_copy_global_to_shared(keys.index(0), pointers[:, None] + d[None, :])
-        async_copy.commit_group()
-        announce(full)
-        pointers = ahead
+    head = first_head + gl.arange(0, BLOCK_H, by_row)
+    turn = 0
+    count = 0
+    delta = gl.zeros([BLOCK_H], gl.float32, by_row)
+    for chunk in range(CHUNKS):
+        delta += _delta(out, dout, (first * b + gl.program_id(0)).to(gl.int64), first_head, H, chunk, True, BLOCK_H, D,
+                        copies)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        row, batch = first + item // b, item % b
+        token = (first * b + item).to(gl.int64)
+        far = gl.load(far_slots + token)
+        tiles = tiles_of(far, WINDOW, BLOCK_N)
+        norm = gl.load(lse + token * H + head, head < H, float("inf"))  # no head: weights of zero
+        rest = gl.exp2(gl.load(sink + head, head < H, 0.0).to(gl.float32) * LOG2E - norm)
+        gl.store(dsinks + token * H + head, -rest * delta, head < H)
+        norms.index(count % 2).store(norm)
+        deltas.index(count % 2).store(delta)
+        following = item + gl.num_programs(0)
+        delta = gl.zeros([BLOCK_H], gl.float32, by_row)
+        pointers, real = key_rows(kv, compressed, selected, 0, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
+                                  by_row)
+        for tile in range(tiles):
+            ahead, real_ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW,
+                                         FAR, BLOCK_N, by_row)
+            mbarrier.wait(empty, (turn + 1) % 2)
+            async_copy.async_copy_global_to_shared(keys.index(0), pointers[:, None] + d[None, :])
+            exists.index(0).store(real)
+            if tile == 0:
+                for half in gl.static_range(2):
+                    mbarrier.wait(free.index(half), (count + 1) % 2)
+                    fetch(q, queries.index(0), token, first_head, H, half * HALF, HALF)
+                    fetch(dout, douts.index(0), token, first_head, H, half * HALF, HALF)
+            async_copy.commit_group()
+            announce(full)
+            turn += 1
+            delta += _delta(out, dout, (first * b + following).to(gl.int64), first_head, H, tile, following < items,
+                            BLOCK_H, D, copies)
+            pointers, real = ahead, real_ahead
+        for chunk in range(tiles, CHUNKS):
+            delta += _delta(out, dout, (first * b + following).to(gl.int64), first_head, H, chunk, following < items,
+                            BLOCK_H, D, copies)
+        count += 1
 
 
 @gluon.jit
@@ -57,102 +107,100 @@ def _key_part(queries, douts, weights, dscores, none, COLUMN: gl.constexpr, PIEC
 
 
 @gluon.jit
-def _differentiate(selected, sink, out, lse, dq, dsinks, parts, queries, douts, keys, weights, dscores, arrived, full,
-                   empty, tiles, row, batch, first_head, far, s, b, n, K, H, scale, D: gl.constexpr,
-                   WINDOW: gl.constexpr, FAR: gl.constexpr, PIECE: gl.constexpr):
-    """Eight warps: all that is computed. parts: where the query's rows begin."""
+def _differentiate(far_slots, dq, parts, queries, douts, keys, exists, norms, deltas, weights, dscores, full, empty,
+                   free, first, items, first_head, b, H, scale, slots, D: gl.constexpr, WINDOW: gl.constexpr,
+                   PIECE: gl.constexpr):
+    """Eight warps: all that is computed. What they read is in shared memory."""
     BLOCK_H: gl.constexpr = queries.shape[1]
     BLOCK_N: gl.constexpr = keys.shape[1]
+    PIECES: gl.constexpr = D // PIECE
     dtype: gl.constexpr = queries.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_N // 2, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
     pieces: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PIECE // 2, 16])
-    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     # as in ``pieces`` but for exchanges among four lanes, after which a lane stores 16 bytes
     more: gl.constexpr = [[0, 32]] if PIECE == 128 else []
     stores: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [8, 0]] + more, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
         [[16, 0], [32, 0], [0, PIECE // 2]], [], [BLOCK_N, PIECE],
     )
-    by_row: gl.constexpr = gl.SliceLayout(1, copies)
     by_key: gl.constexpr = gl.SliceLayout(0, scores)
     by_head: gl.constexpr = gl.SliceLayout(1, scores)
-    token = row.to(gl.int64) * b + batch
-    head = first_head + gl.arange(0, BLOCK_H, by_row)
-    d, e = gl.arange(0, D, gl.SliceLayout(0, copies)), gl.arange(0, PIECE, gl.SliceLayout(0, copies))
-    numbers = (token * H + head[:, None]) * D
-    mbarrier.wait(arrived.index(1), 0)
-    sums = gl.zeros([BLOCK_H], gl.float32, by_row)
-    for piece in gl.static_range(D // PIECE):
-        o = gl.load(out + numbers + piece * PIECE + e[None, :], (head[:, None] < H) & (e[None, :] < D), 0.0)
-        sums += gl.sum(o.to(gl.float32) * douts.index(0).slice(piece * PIECE, PIECE, 1).load(copies).to(gl.float32), 1)
-    delta = gl.convert_layout(sums, by_head)
-    mine = first_head + gl.arange(0, BLOCK_H, by_head)
-    norm = gl.load(lse + token * H + mine, mine < H, float("inf"))  # no head: weights of zero
-    rest = gl.exp2(gl.load(sink + mine, mine < H, 0.0).to(gl.float32) * LOG2E - norm)
-    gl.store(dsinks + token * H + mine, -rest * delta, mine < H)
-    dquery = gl.zeros([BLOCK_H, D], gl.float32, values)
+    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, values))
+    d = gl.arange(0, D, gl.SliceLayout(0, values))
     none = gl.zeros([BLOCK_N, PIECE], gl.float32, pieces)
-    target = parts + gl.arange(0, BLOCK_N, gl.SliceLayout(1, stores))[:, None] * D
-    target += gl.arange(0, PIECE, gl.SliceLayout(0, stores))[None, :]
-    mbarrier.wait(arrived.index(0), 0)
-    fence_async_shared()
-    for tile in range(tiles):
-        exists = key_exists(selected, tile, row, far, n, batch, s, K, WINDOW, FAR, BLOCK_N, by_key)
-        mbarrier.wait(full, tile % 2)
-        always = tile // 65536  # zero, which the compiler does not know: else it keeps addresses, and spills them
-        q_now, d_now, k_now = queries.index(always), douts.index(always), keys.index(always)
-        score = _products(q_now, k_now, scores)
-        dweight = _products(d_now, k_now, scores)
-        score = warpgroup_mma_wait(1, deps=(score,))
-        weight = gl.where(exists[None, :], gl.exp2(score * (scale * LOG2E) - norm[:, None]), 0.0)
-        weights.store(weight.to(dtype))
-        dweight = warpgroup_mma_wait(0, deps=(dweight,))
-        dscores.store((weight * (dweight - delta[:, None]) * scale).to(dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        dquery = warpgroup_mma(dscores, k_now, dquery, is_async=True)
-        part = _key_part(q_now, d_now, weights, dscores, none, 0, PIECE)
-        dquery = warpgroup_mma_wait(2, deps=(dquery,))
-        gl.thread_barrier()
-        mbarrier.arrive(empty)
-        for piece in gl.static_range(D // PIECE):
-            part = warpgroup_mma_wait(0, deps=(part,))
-            done = part.to(dtype)
-            if piece + 1 < D // PIECE:
-                part = _key_part(q_now, d_now, weights, dscores, none, (piece + 1) * PIECE, PIECE)
-            gl.store(target + piece * PIECE, gl.convert_layout(done, stores))
-        target += BLOCK_N * D
-        gl.thread_barrier()  # both warpgroups are done with the weights
-    queries.index(0).store(dquery.to(dtype))
-    gl.thread_barrier()
-    gl.store(dq + numbers + d[None, :], queries.index(0).load(copies), (head[:, None] < H) & (d[None, :] < D))
+    offsets = gl.arange(0, BLOCK_N, gl.SliceLayout(1, stores))[:, None] * D
+    offsets += gl.arange(0, PIECE, gl.SliceLayout(0, stores))[None, :]
+    turn = 0
+    count = 0
+    ahead = gl.load(far_slots + first * b + gl.program_id(0))
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tiles = tiles_of(ahead, WINDOW, BLOCK_N)
+        ahead = gl.load(far_slots + first * b + gl.minimum(item + gl.num_programs(0), items - 1))
+        target = parts + item.to(gl.int64) * slots * D + offsets
+        dquery = gl.zeros([BLOCK_H, D], gl.float32, values)
+        mbarrier.wait(full, turn % 2)
+        norm = norms.index(count % 2).load(by_head)
+        delta = deltas.index(count % 2).load(by_head)
+        for tile in range(tiles):
+            mbarrier.wait(full, turn % 2)
+            always = tile // 65536  # zero, which the compiler does not know: else it keeps addresses, and spills them
+            q_now, d_now, k_now = queries.index(always), douts.index(always), keys.index(always)
+            score = _products(q_now, k_now, scores)
+            dweight = _products(d_now, k_now, scores)
+            real = exists.index(0).load(by_key) != 0
+            score = warpgroup_mma_wait(1, deps=(score,))
+            weight = gl.where(real[None, :], gl.exp2(score * (scale * LOG2E) - norm[:, None]), 0.0)
+            weights.store(weight.to(dtype))
+            dweight = warpgroup_mma_wait(0, deps=(dweight,))
+            dscores.store((weight * (dweight - delta[:, None]) * scale).to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
+            dquery = warpgroup_mma(dscores, k_now, dquery, is_async=True)
+            part = _key_part(q_now, d_now, weights, dscores, none, 0, PIECE)
+            dquery = warpgroup_mma_wait(2, deps=(dquery,))
+            gl.thread_barrier()
+            mbarrier.arrive(empty)
+            for piece in gl.static_range(PIECES):
+                part = warpgroup_mma_wait(0, deps=(part,))
+                done = part.to(dtype)
+                if piece + 1 < PIECES:
+                    part = _key_part(q_now, d_now, weights, dscores, none, (piece + 1) * PIECE, PIECE)
+                if 2 * piece + 2 == PIECES:  # the first half of the columns is no longer needed for this query
+                    gl.thread_barrier()
+                    mbarrier.arrive(free.index(0), pred=tile == tiles - 1)
+                gl.store(target + piece * PIECE, gl.convert_layout(done, stores))
+            target += BLOCK_N * D
+            turn += 1
+            gl.thread_barrier()  # both warpgroups are done with the weights
+            mbarrier.arrive(free.index(1), pred=tile == tiles - 1)
+        token = (first * b + item).to(gl.int64)
+        gl.store(dq + (token * H + head[:, None]) * D + d[None, :], dquery.to(dtype),
+                 (head[:, None] < H) & (d[None, :] < D))
+        count += 1
 
 
 @gluon.jit
-def backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, parts, first, first_head, s, b, n, g, K, H,
-             D: gl.constexpr, ratio, offset, scale, slots, WINDOW: gl.constexpr, FAR: gl.constexpr,
+def backward(q, kv, compressed, selected, far_slots, sink, out, lse, dout, dq, dsinks, parts, first, items, first_head,
+             s, b, n, g, K, H, D: gl.constexpr, scale, slots, WINDOW: gl.constexpr, FAR: gl.constexpr,
              BLOCK_K: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr, PIECE: gl.constexpr):
-    """A program: one query, BLOCK_H heads. Eight warps compute, four more gather one tile of keys."""
+    """A program: every so many-th of ``items`` queries from row ``first`` on, BLOCK_H heads of each."""
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = q.dtype.element_ty
-    row, batch = first + gl.program_id(0), gl.program_id(1)
-    target = parts + (gl.program_id(0).to(gl.int64) * b + batch) * slots * D
     queries = gl.allocate_shared_memory(dtype, [1, BLOCK_H, D], shared)
     douts = gl.allocate_shared_memory(dtype, [1, BLOCK_H, D], shared)
     keys = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], shared)
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
     dscores = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
-    arrived, full, empty = barriers(2, 32 * gl.num_warps()), barriers(1, 1), barriers(1, 1)
+    exists, norms, deltas = (numbers(1, BLOCK_N, gl.int32), numbers(2, BLOCK_H, gl.float32),
+                             numbers(2, BLOCK_H, gl.float32))
+    full, empty, free = barriers(1, 1), barriers(1, 1), barriers(2, 1)
     gl.thread_barrier()
-    fetch(dout, douts.index(0), arrived.index(1), row, batch, first_head, b, H)
-    fetch(q, queries.index(0), arrived.index(0), row, batch, first_head, b, H)
-    far = far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
-    tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
     gl.warp_specialize([
-        (_differentiate, (selected, sink, out, lse, dq, dsinks, target, queries, douts, keys, weights, dscores, arrived,
-                          full.index(0), empty.index(0), tiles, row, batch, first_head, far, s, b, n, K, H, scale, D,
-                          WINDOW, FAR, PIECE)),
-        (_gather, (kv, compressed, selected, keys, full.index(0), empty.index(0), tiles, row, batch, far, s, b, n, K, D,
+        (_differentiate, (far_slots, dq, parts, queries, douts, keys, exists, norms, deltas, weights, dscores,
+                          full.index(0), empty.index(0), free, first, items, first_head, b, H, scale, slots, D, WINDOW,
+                          PIECE)),
+        (_gather, (q, kv, compressed, selected, far_slots, sink, out, lse, dout, dsinks, queries, douts, keys, exists,
+                   norms, deltas, full.index(0), empty.index(0), free, first, items, first_head, s, b, n, K, H, D,
                    WINDOW, FAR)),
     ], [4], [GATHER_REGISTERS])

@@ -1,4 +1,4 @@
-"""What both of Hopper's kernels need: ``attention_keys`` in Gluon, barriers, and how a query arrives."""
+"""What both of Hopper's kernels need: ``attention_keys`` in Gluon, barriers, and how a query and its keys arrive."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LOG2E = gl.constexpr(1.4426950408889634)
 @gluon.jit
 def key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D: gl.constexpr, WINDOW: gl.constexpr,
              FAR: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """As ``attention_keys.key_rows``: pointers to the keys of a tile; the own key where there is none."""
+    """As ``attention_keys.key_rows``: pointers to the keys of a tile, the own key where there is none; which exist."""
     NEAR: gl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
     i = gl.arange(0, BLOCK_N, layout)
     own = row + n - s
     position = own - (WINDOW - 1) + tile * BLOCK_N + i
-    position = gl.where((tile * BLOCK_N + i < WINDOW) & (position >= 0), position, own)
-    pointers = kv + (position.to(gl.int64) * b + batch) * D
+    exists = (tile * BLOCK_N + i < WINDOW) & (position >= 0)
+    pointers = kv + (gl.where(exists, position, own).to(gl.int64) * b + batch) * D
     if FAR != 0:
         behind = (tile - NEAR) * BLOCK_N + i
         inside = (tile >= NEAR) & (behind < far)
@@ -28,37 +28,14 @@ def key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D: gl.
         else:
             entry = gl.where(inside, behind, -1)
         pointers = gl.where(entry >= 0, compressed + (entry.to(gl.int64) * b + batch) * D, pointers)
-    return pointers
+        exists = gl.where(tile >= NEAR, entry >= 0, exists)
+    return pointers, exists.to(gl.int32)
 
 
 @gluon.jit
-def key_exists(selected, tile, row, far, n, batch, s, K, WINDOW: gl.constexpr, FAR: gl.constexpr,
-               BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """Which keys of a tile there are."""
-    NEAR: gl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
-    i = gl.arange(0, BLOCK_N, layout)
-    near = tile * BLOCK_N + i
-    exists = (near < WINDOW) & (row + n - s - (WINDOW - 1) + near >= 0)
-    if FAR != 0:
-        behind = (tile - NEAR) * BLOCK_N + i
-        inside = (tile >= NEAR) & (behind < far)
-        if FAR == 2:
-            inside = gl.load(selected + (batch * s + row).to(gl.int64) * K + behind, inside, -1) >= 0
-        exists = gl.where(tile >= NEAR, inside, exists)
-    return exists
-
-
-@gluon.jit
-def far_slots(selected, row, batch, s, K, g, ratio, offset, FAR: gl.constexpr, BLOCK_K: gl.constexpr):
-    """As ``attention_keys.far_slots``."""
-    far = gl.to_tensor(0)
-    if FAR == 1:
-        far = gl.minimum(g, (offset + row + 1) // ratio)
-    if FAR == 2:
-        slot = gl.arange(0, BLOCK_K, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-        index = gl.load(selected + (batch * s + row).to(gl.int64) * K + slot, slot < K, -1)
-        far = gl.max(gl.where(index >= 0, slot + 1, 0), 0)
-    return far
+def tiles_of(far, WINDOW: gl.constexpr, BLOCK_N: gl.constexpr):
+    """How many tiles hold the window and so many slots behind it."""
+    return (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
 
 
 @gluon.jit
@@ -71,6 +48,12 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def numbers(COUNT: gl.constexpr, SIZE: gl.constexpr, dtype: gl.constexpr):
+    """Shared memory for COUNT short lists."""
+    return gl.allocate_shared_memory(dtype, [COUNT, SIZE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
 def announce(full):
     """Say that all copies so far have arrived, once the tensor cores can see them."""
     async_copy.wait_group(0)
@@ -80,13 +63,13 @@ def announce(full):
 
 
 @gluon.jit
-def fetch(x, buffer, arrived, row, batch, first_head, b, H):
-    """Start to copy the heads of a query, of x [s, b, H, D], into ``buffer``."""
+def fetch(x, buffer, token, first_head, H, COLUMN: gl.constexpr, COLUMNS: gl.constexpr):
+    """Start to copy columns of the heads of a query, of x [tokens, H, D], into ``buffer``."""
     BLOCK_H: gl.constexpr = buffer.shape[0]
     D: gl.constexpr = buffer.shape[1]
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    d = gl.arange(0, D, gl.SliceLayout(0, copies))
+    d = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, copies))
     head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
-    numbers = ((row.to(gl.int64) * b + batch) * H + head[:, None]) * D + d[None, :]
-    async_copy.async_copy_global_to_shared(buffer, x + numbers, mask=(head[:, None] < H) & (d[None, :] < D))
-    async_copy.mbarrier_arrive(arrived, increment_count=False)
+    pointers = x + (token * H + head[:, None]) * D + d[None, :]
+    async_copy.async_copy_global_to_shared(buffer.slice(COLUMN, COLUMNS, 1), pointers,
+                                           mask=(head[:, None] < H) & (d[None, :] < D))

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from paddledsv4.kernels.attention_keys import ALL, LIST, NONE, far_slots, key_rows
 from paddledsv4.kernels.carrier import Carrier, T
+from paddledsv4.kernels.device import multiprocessors
 from paddledsv4.kernels.inverted_index import KeyGradients
 from paddledsv4.kernels.sums import column_sums
 
@@ -59,6 +60,13 @@ def limits(carrier: Carrier, query: T) -> str:
     return ""
 
 
+@triton.jit
+def _count(selected, counts, s, b, g, K, ratio, offset, FAR: tl.constexpr, BLOCK_K: tl.constexpr):
+    """counts [s, b]: how many slots behind its window a query has. So that a kernel that stays need not find out."""
+    row, batch = tl.program_id(0), tl.program_id(1)
+    tl.store(counts + row * b + batch, far_slots(selected, row, b, batch, s, K, g, ratio, offset, FAR, BLOCK_K))
+
+
 HOPPER = {"BLOCK_H": 64, "BLOCK_N": 64, "num_warps": 8}  # and four more that gather
 
 
@@ -99,6 +107,16 @@ def _tiles(carrier: Carrier, query: T) -> dict:
     }
 
 
+def _counts(carrier: Carrier, query: T, compressed: T | None, selected: T | None, ratio: int, offset: int,
+            shape: dict) -> T:
+    """``_count`` of all queries, [s, b] int32."""
+    s, b, groups = *query.shape[:2], 0 if compressed is None else compressed.shape[0]
+    counts, listed = carrier.empty([s, b], "int32", query), query if selected is None else selected
+    carrier.launch(_count, (s, b), listed, counts, s, b, groups, 0 if selected is None else selected.shape[2], ratio,
+                   offset, FAR=shape["FAR"], BLOCK_K=shape["BLOCK_K"], num_warps=1)
+    return counts
+
+
 def forward(
     carrier: Carrier, query: T, kv: T, compressed: T | None, selected: T | None, sink: T,
     window: int, ratio: int, scale: float, offset: int = 0, **options,
@@ -108,19 +126,18 @@ def forward(
     row of scores with its sink, log2 of the sum of their exponentials, [s, b, H] float32."""
     s, b, heads, _ = query.shape
     out, lse = carrier.empty(query.shape, carrier.dtype(query), query), carrier.empty([s, b, heads], "float32", query)
-    kernel, meta = _forward, _shape(carrier, query, compressed, selected, window)
+    sizes, shape = _sizes(query, kv, compressed, selected), _shape(carrier, query, compressed, selected, window)
+    inputs = query, kv, kv if compressed is None else compressed, kv if selected is None else selected
     if _for_hopper(carrier, query):
         from paddledsv4.kernels.hopper_forward import forward as kernel
 
-        meta |= HOPPER
+        counts, meta = _counts(carrier, query, compressed, selected, ratio, offset, shape), shape | HOPPER | options
+        grid = min(s * b, multiprocessors()), triton.cdiv(heads, meta["BLOCK_H"])
+        carrier.launch(kernel, grid, *inputs, counts, sink, out, lse, *sizes, scale, **meta)
     else:
-        meta |= _tiles(carrier, query)
-    meta |= options
-    carrier.launch(
-        kernel, (s, b, triton.cdiv(heads, meta["BLOCK_H"])), query, kv, kv if compressed is None else compressed,
-        kv if selected is None else selected, sink, out, lse, *_sizes(query, kv, compressed, selected), ratio, offset,
-        scale, **meta,
-    )
+        meta = shape | _tiles(carrier, query) | options
+        grid = s, b, triton.cdiv(heads, meta["BLOCK_H"])
+        carrier.launch(_forward, grid, *inputs, sink, out, lse, *sizes, ratio, offset, scale, **meta)
     return out, lse
 
 
@@ -189,14 +206,16 @@ def backward(
     the queries. This goes by chunks of queries, whose parts stay under PART_NUMBERS.
     """
     s, b, heads, d = query.shape
-    kernel, meta = _backward, _shape(carrier, query, compressed, selected, window)
-    if _for_hopper(carrier, query):
+    sizes, shape = _sizes(query, kv, compressed, selected), _shape(carrier, query, compressed, selected, window)
+    inputs = query, kv, kv if compressed is None else compressed, kv if selected is None else selected
+    hopper = _for_hopper(carrier, query)
+    if hopper:
         from paddledsv4.kernels.hopper_backward import backward as kernel
 
-        meta |= HOPPER | {"PIECE": min(128, d // 2)}
+        counts = _counts(carrier, query, compressed, selected, ratio, offset, shape)
+        meta = shape | HOPPER | {"PIECE": min(128, d // 2)} | options
     else:
-        meta |= _tiles(carrier, query) | {"CUT": 2 if d > 256 else 1, "num_stages": 1}
-    meta |= options
+        meta = shape | _tiles(carrier, query) | {"CUT": 2 if d > 256 else 1, "num_stages": 1} | options
     dq, dsinks = carrier.empty(query.shape, carrier.dtype(query), query), carrier.empty([s, b, heads], "float32", sink)
     keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset, meta["BLOCK_N"])
     chunk = max(PART_NUMBERS // (b * keys.slots * d), 1)
@@ -206,10 +225,11 @@ def backward(
         rows = min(chunk, s - first)
         keys.index(first, rows)
         for first_head in range(0, heads, meta["BLOCK_H"]):
-            carrier.launch(
-                kernel, (rows, b), query, kv, kv if compressed is None else compressed,
-                kv if selected is None else selected, sink, out, lse, dout, dq, dsinks, parts, first, first_head,
-                *_sizes(query, kv, compressed, selected), ratio, offset, scale, keys.slots, **meta,
-            )
+            if hopper:
+                carrier.launch(kernel, (min(rows * b, multiprocessors()),), *inputs, counts, sink, out, lse, dout, dq,
+                               dsinks, parts, first, rows * b, first_head, *sizes, scale, keys.slots, **meta)
+            else:
+                carrier.launch(_backward, (rows, b), *inputs, sink, out, lse, dout, dq, dsinks, parts, first,
+                               first_head, *sizes, ratio, offset, scale, keys.slots, **meta)
             keys.add(parts, first, rows)
     return dq, *keys.results(), column_sums(carrier, dsinks, s * b, sink.shape, carrier.dtype(sink))
