@@ -2,7 +2,7 @@
 
 A program stays and takes query after query. Two of its warpgroups share the scores of a tile by keys and all gradients
 by columns; the keys' gradient of a tile is computed and written in pieces of its columns. A third one fetches: the
-tiles, the next query while the last one ends, and, for the query after that, the products of output and gradient.
+tiles, and the next query while the last one ends.
 """
 
 from __future__ import annotations
@@ -17,28 +17,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from paddledsv4.kernels.hopper_keys import LOG2E, announce, barriers, fetch, key_rows, numbers, tiles_of
+from paddledsv4.kernels.hopper_keys import (
+    LOG2E,
+    announce,
+    barriers,
+    fetch,
+    key_rows,
+    numbers,
+    store_heads,
+    the_number,
+    tiles_of,
+)
 
 GATHER_REGISTERS = gl.constexpr(56)
-CHUNKS = gl.constexpr(8)  # of the head dim, in which output and gradient are multiplied
 
 
 @gluon.jit
-def _delta(out, dout, token, first_head, H, chunk, there, BLOCK_H: gl.constexpr, D: gl.constexpr,
-           layout: gl.constexpr):
-    """The sum of output times gradient over one chunk of the head dim, for every head; zeros unless ``there``."""
-    COLUMNS: gl.constexpr = D // CHUNKS
-    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, layout))
-    d = chunk * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    at = (token * H + head[:, None]) * D + d[None, :]
-    here = there & (chunk < CHUNKS) & (head[:, None] < H) & (d[None, :] < D)
-    return gl.sum(gl.load(out + at, here, 0.0).to(gl.float32) * gl.load(dout + at, here, 0.0).to(gl.float32), 1)
-
-
-@gluon.jit
-def _gather(q, kv, compressed, selected, far_slots, sink, out, lse, dout, dsinks, queries, douts, keys, exists, norms,
-            deltas, full, empty, free, first, items, first_head, s, b, n, K, H, D: gl.constexpr,
-            WINDOW: gl.constexpr, FAR: gl.constexpr):
+def _gather(q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, douts, keys, exists, lists, lengths,
+            full, empty, free, first, items, first_head, s, b, n, K, H, D: gl.constexpr, WINDOW: gl.constexpr,
+            FAR: gl.constexpr):
     """Four warps: whatever is read from memory, as soon as there is room for it."""
     BLOCK_H: gl.constexpr = queries.shape[1]
     BLOCK_N: gl.constexpr = keys.shape[1]
@@ -49,22 +46,13 @@ def _gather(q, kv, compressed, selected, far_slots, sink, out, lse, dout, dsinks
     head = first_head + gl.arange(0, BLOCK_H, by_row)
     turn = 0
     count = 0
-    delta = gl.zeros([BLOCK_H], gl.float32, by_row)
-    for chunk in range(CHUNKS):
-        delta += _delta(out, dout, (first * b + gl.program_id(0)).to(gl.int64), first_head, H, chunk, True, BLOCK_H, D,
-                        copies)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         row, batch = first + item // b, item % b
         token = (first * b + item).to(gl.int64)
         far = gl.load(far_slots + token)
         tiles = tiles_of(far, WINDOW, BLOCK_N)
         norm = gl.load(lse + token * H + head, head < H, float("inf"))  # no head: weights of zero
-        rest = gl.exp2(gl.load(sink + head, head < H, 0.0).to(gl.float32) * LOG2E - norm)
-        gl.store(dsinks + token * H + head, -rest * delta, head < H)
-        norms.index(count % 2).store(norm)
-        deltas.index(count % 2).store(delta)
-        following = item + gl.num_programs(0)
-        delta = gl.zeros([BLOCK_H], gl.float32, by_row)
+        delta = gl.load(deltas + token * H + head, head < H, 0.0)
         pointers, real = key_rows(kv, compressed, selected, 0, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
                                   by_row)
         for tile in range(tiles):
@@ -78,15 +66,13 @@ def _gather(q, kv, compressed, selected, far_slots, sink, out, lse, dout, dsinks
                     mbarrier.wait(free.index(half), (count + 1) % 2)
                     fetch(q, queries.index(0), token, first_head, H, half * HALF, HALF)
                     fetch(dout, douts.index(0), token, first_head, H, half * HALF, HALF)
+                lists.index(0).store(norm)
+                lists.index(1).store(delta)
+                lengths.index(0).store(gl.full([1], tiles, gl.int32, by_row))
             async_copy.commit_group()
             announce(full)
             turn += 1
-            delta += _delta(out, dout, (first * b + following).to(gl.int64), first_head, H, tile, following < items,
-                            BLOCK_H, D, copies)
             pointers, real = ahead, real_ahead
-        for chunk in range(tiles, CHUNKS):
-            delta += _delta(out, dout, (first * b + following).to(gl.int64), first_head, H, chunk, following < items,
-                            BLOCK_H, D, copies)
         count += 1
 
 
@@ -106,10 +92,26 @@ def _key_part(queries, douts, weights, dscores, none, COLUMN: gl.constexpr, PIEC
     return warpgroup_mma(dscores.permute((1, 0)), queries.slice(COLUMN, PIECE, 1), part, is_async=True)
 
 
+@gluon.constexpr_function
+def _held(rows, columns):
+    """The layout of ``_as_held``: of 32 columns a lane has 8, so that four lanes store 64 bytes at a time."""
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + ([[0, 32]] if columns == 128 else [])
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0], [0, columns // 2]], [], [rows, columns])
+
+
 @gluon.jit
-def _differentiate(far_slots, dq, parts, queries, douts, keys, exists, norms, deltas, weights, dscores, full, empty,
-                   free, first, items, first_head, b, H, scale, slots, D: gl.constexpr, WINDOW: gl.constexpr,
-                   PIECE: gl.constexpr):
+def _as_held(part):
+    """The columns of a piece in the order in which lanes hold them, so that none is exchanged before the store.
+    ``inverted_index`` knows this order."""
+    ROWS: gl.constexpr = part.shape[0]
+    COLUMNS: gl.constexpr = part.shape[1]
+    return part.reshape([ROWS, COLUMNS // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, COLUMNS])
+
+
+@gluon.jit
+def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, full, empty, free, first,
+                   items, first_head, b, H, scale, slots, D: gl.constexpr, PIECE: gl.constexpr):
     """Eight warps: all that is computed. What they read is in shared memory."""
     BLOCK_H: gl.constexpr = queries.shape[1]
     BLOCK_N: gl.constexpr = keys.shape[1]
@@ -118,30 +120,19 @@ def _differentiate(far_slots, dq, parts, queries, douts, keys, exists, norms, de
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_N // 2, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
     pieces: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PIECE // 2, 16])
-    # as in ``pieces`` but for exchanges among four lanes, after which a lane stores 16 bytes
-    more: gl.constexpr = [[0, 32]] if PIECE == 128 else []
-    stores: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0]] + more, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0], [0, PIECE // 2]], [], [BLOCK_N, PIECE],
-    )
+    stores: gl.constexpr = _held(BLOCK_N, PIECE)
     by_key: gl.constexpr = gl.SliceLayout(0, scores)
     by_head: gl.constexpr = gl.SliceLayout(1, scores)
-    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, values))
-    d = gl.arange(0, D, gl.SliceLayout(0, values))
     none = gl.zeros([BLOCK_N, PIECE], gl.float32, pieces)
     offsets = gl.arange(0, BLOCK_N, gl.SliceLayout(1, stores))[:, None] * D
     offsets += gl.arange(0, PIECE, gl.SliceLayout(0, stores))[None, :]
     turn = 0
-    count = 0
-    ahead = gl.load(far_slots + first * b + gl.program_id(0))
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tiles = tiles_of(ahead, WINDOW, BLOCK_N)
-        ahead = gl.load(far_slots + first * b + gl.minimum(item + gl.num_programs(0), items - 1))
         target = parts + item.to(gl.int64) * slots * D + offsets
         dquery = gl.zeros([BLOCK_H, D], gl.float32, values)
         mbarrier.wait(full, turn % 2)
-        norm = norms.index(count % 2).load(by_head)
-        delta = deltas.index(count % 2).load(by_head)
+        tiles = the_number(lengths.index(0))
+        norm, delta = lists.index(0).load(by_head), lists.index(1).load(by_head)
         for tile in range(tiles):
             mbarrier.wait(full, turn % 2)
             always = tile // 65536  # zero, which the compiler does not know: else it keeps addresses, and spills them
@@ -169,20 +160,18 @@ def _differentiate(far_slots, dq, parts, queries, douts, keys, exists, norms, de
                 if 2 * piece + 2 == PIECES:  # the first half of the columns is no longer needed for this query
                     gl.thread_barrier()
                     mbarrier.arrive(free.index(0), pred=tile == tiles - 1)
-                gl.store(target + piece * PIECE, gl.convert_layout(done, stores))
+                gl.store(target + piece * PIECE, gl.convert_layout(_as_held(done), stores, assert_trivial=True))
             target += BLOCK_N * D
             turn += 1
             gl.thread_barrier()  # both warpgroups are done with the weights
             mbarrier.arrive(free.index(1), pred=tile == tiles - 1)
         token = (first * b + item).to(gl.int64)
-        gl.store(dq + (token * H + head[:, None]) * D + d[None, :], dquery.to(dtype),
-                 (head[:, None] < H) & (d[None, :] < D))
-        count += 1
+        store_heads(dq, dquery.to(dtype).reshape([BLOCK_H, 2, D // 2]), token, first_head, H, 0, D)
 
 
 @gluon.jit
-def backward(q, kv, compressed, selected, far_slots, sink, out, lse, dout, dq, dsinks, parts, first, items, first_head,
-             s, b, n, g, K, H, D: gl.constexpr, scale, slots, WINDOW: gl.constexpr, FAR: gl.constexpr,
+def backward(q, kv, compressed, selected, far_slots, lse, deltas, dout, dq, parts, first, items, first_head, s,
+             b, n, g, K, H, D: gl.constexpr, scale, slots, WINDOW: gl.constexpr, FAR: gl.constexpr,
              BLOCK_K: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr, PIECE: gl.constexpr):
     """A program: every so many-th of ``items`` queries from row ``first`` on, BLOCK_H heads of each."""
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -192,15 +181,13 @@ def backward(q, kv, compressed, selected, far_slots, sink, out, lse, dout, dq, d
     keys = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], shared)
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
     dscores = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
-    exists, norms, deltas = (numbers(1, BLOCK_N, gl.int32), numbers(2, BLOCK_H, gl.float32),
-                             numbers(2, BLOCK_H, gl.float32))
+    exists, lengths, lists = numbers(1, BLOCK_N, gl.int32), numbers(1, 1, gl.int32), numbers(2, BLOCK_H, gl.float32)
     full, empty, free = barriers(1, 1), barriers(1, 1), barriers(2, 1)
     gl.thread_barrier()
     gl.warp_specialize([
-        (_differentiate, (far_slots, dq, parts, queries, douts, keys, exists, norms, deltas, weights, dscores,
-                          full.index(0), empty.index(0), free, first, items, first_head, b, H, scale, slots, D, WINDOW,
-                          PIECE)),
-        (_gather, (q, kv, compressed, selected, far_slots, sink, out, lse, dout, dsinks, queries, douts, keys, exists,
-                   norms, deltas, full.index(0), empty.index(0), free, first, items, first_head, s, b, n, K, H, D,
-                   WINDOW, FAR)),
+        (_differentiate, (dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, full.index(0),
+                          empty.index(0), free, first, items, first_head, b, H, scale, slots, D, PIECE)),
+        (_gather, (q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, douts, keys, exists, lists,
+                   lengths, full.index(0), empty.index(0), free, first, items, first_head, s, b, n, K, H, D, WINDOW,
+                   FAR)),
     ], [4], [GATHER_REGISTERS])

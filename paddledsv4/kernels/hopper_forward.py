@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from paddledsv4.kernels.hopper_keys import LOG2E, announce, barriers, fetch, key_rows, numbers, tiles_of
+from paddledsv4.kernels.hopper_keys import LOG2E, announce, barriers, fetch, key_rows, numbers, store_heads, the_number, tiles_of
 
-GATHER_REGISTERS = gl.constexpr(64)
+GATHER_REGISTERS = gl.constexpr(56)
 
 
 @gluon.jit
@@ -33,8 +33,8 @@ def _weigh(score, real, top, scale):
 
 
 @gluon.jit
-def _gather(q, kv, compressed, selected, far_slots, queries, keys, exists, full, empty, free, items, first_head, s, b,
-            n, K, H, D: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr):
+def _gather(q, kv, compressed, selected, far_slots, queries, keys, exists, lengths, full, empty, free, items,
+            first_head, s, b, n, K, H, D: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr):
     """Four warps: every query, and tile after tile into the two buffers, as soon as one is free."""
     BLOCK_N: gl.constexpr = keys.shape[1]
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -56,7 +56,8 @@ def _gather(q, kv, compressed, selected, far_slots, queries, keys, exists, full,
             exists.index(turn % 2).store(real)
             if tile == 0:
                 mbarrier.wait(free, (count + 1) % 2)
-                fetch(q, queries, item.to(gl.int64), first_head, H, 0, D)
+                fetch(q, queries.index(0), item.to(gl.int64), first_head, H, 0, D)
+                lengths.index(0).store(gl.full([1], tiles, gl.int32, by_row))
             async_copy.commit_group()
             announce(full.index(turn % 2))
             turn += 1
@@ -65,10 +66,10 @@ def _gather(q, kv, compressed, selected, far_slots, queries, keys, exists, full,
 
 
 @gluon.jit
-def _attend(far_slots, sink, out, lse, queries, keys, exists, weights, full, empty, free, items, first_head, H, scale,
-            D: gl.constexpr, WINDOW: gl.constexpr):
+def _attend(sink, out, lse, queries, keys, exists, lengths, weights, full, empty, free, items, first_head, H, scale,
+            D: gl.constexpr):
     """Eight warps: the scores of a tile while the values of the one before are summed."""
-    BLOCK_H: gl.constexpr = queries.shape[0]
+    BLOCK_H: gl.constexpr = queries.shape[1]
     BLOCK_N: gl.constexpr = keys.shape[1]
     dtype: gl.constexpr = queries.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_N // 2, 16])
@@ -76,21 +77,17 @@ def _attend(far_slots, sink, out, lse, queries, keys, exists, weights, full, emp
     by_key: gl.constexpr = gl.SliceLayout(0, scores)
     by_head: gl.constexpr = gl.SliceLayout(1, scores)
     mine = first_head + gl.arange(0, BLOCK_H, by_head)
-    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, values))
-    d = gl.arange(0, D, gl.SliceLayout(0, values))
     start = gl.load(sink + mine, mine < H, 0.0).to(gl.float32) * LOG2E
     none = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, scores)
     turn = 0
-    ahead = gl.load(far_slots + gl.program_id(0))
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tiles = tiles_of(ahead, WINDOW, BLOCK_N)
-        ahead = gl.load(far_slots + gl.minimum(item + gl.num_programs(0), items - 1))
         top = start
         total = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, scores)
         value = gl.zeros([BLOCK_H, D], gl.float32, values)
         mbarrier.wait(full.index(turn % 2), turn // 2 % 2)
+        tiles = the_number(lengths.index(0))
         real = exists.index(turn % 2).load(by_key) != 0
-        score = warpgroup_mma(queries, keys.index(turn % 2).permute((1, 0)), none, use_acc=False)
+        score = warpgroup_mma(queries.index(0), keys.index(turn % 2).permute((1, 0)), none, use_acc=False)
         for tile in range(tiles - 1):
             weight, shrink, top = _weigh(score, real, top, scale)
             total = total * shrink[:, None] + weight
@@ -101,8 +98,9 @@ def _attend(far_slots, sink, out, lse, queries, keys, exists, weights, full, emp
             value = warpgroup_mma(weights, keys.index(turn % 2), value, is_async=True)
             mbarrier.wait(full.index((turn + 1) % 2), (turn + 1) // 2 % 2)
             real = exists.index((turn + 1) % 2).load(by_key) != 0
-            score = warpgroup_mma(queries, keys.index((turn + 1) % 2).permute((1, 0)), none, use_acc=False,
-                                  is_async=True)
+            always = tile // 65536  # zero, which the compiler does not know: else it keeps addresses, and spills them
+            score = warpgroup_mma(queries.index(always), keys.index((turn + 1) % 2).permute((1, 0)), none,
+                                  use_acc=False, is_async=True)
             value = warpgroup_mma_wait(1, deps=(value,))
             gl.thread_barrier()
             mbarrier.arrive(empty.index(turn % 2))
@@ -124,8 +122,7 @@ def _attend(far_slots, sink, out, lse, queries, keys, exists, weights, full, emp
         token = item.to(gl.int64)
         gl.store(lse + token * H + mine, top + gl.log2(norm), mine < H)
         inverse = gl.convert_layout(1.0 / norm, gl.SliceLayout(1, values))
-        gl.store(out + (token * H + head[:, None]) * D + d[None, :], (value * inverse[:, None]).to(dtype),
-                 (head[:, None] < H) & (d[None, :] < D))
+        store_heads(out, (value * inverse[:, None]).to(dtype).reshape([BLOCK_H, 2, D // 2]), token, first_head, H, 0, D)
 
 
 @gluon.jit
@@ -136,15 +133,15 @@ def forward(q, kv, compressed, selected, far_slots, sink, out, lse, s, b, n, g, 
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = q.dtype.element_ty
     first_head = gl.program_id(1) * BLOCK_H
-    queries = gl.allocate_shared_memory(dtype, [BLOCK_H, D], shared)
+    queries = gl.allocate_shared_memory(dtype, [1, BLOCK_H, D], shared)
     keys = gl.allocate_shared_memory(dtype, [2, BLOCK_N, D], shared)
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
-    exists = numbers(2, BLOCK_N, gl.int32)
+    exists, lengths = numbers(2, BLOCK_N, gl.int32), numbers(1, 1, gl.int32)
     full, empty, free = barriers(2, 1), barriers(2, 1), barriers(1, 1)
     gl.thread_barrier()
     gl.warp_specialize([
-        (_attend, (far_slots, sink, out, lse, queries, keys, exists, weights, full, empty, free.index(0), s * b,
-                   first_head, H, scale, D, WINDOW)),
-        (_gather, (q, kv, compressed, selected, far_slots, queries, keys, exists, full, empty, free.index(0), s * b,
-                   first_head, s, b, n, K, H, D, WINDOW, FAR)),
+        (_attend, (sink, out, lse, queries, keys, exists, lengths, weights, full, empty, free.index(0), s * b,
+                   first_head, H, scale, D)),
+        (_gather, (q, kv, compressed, selected, far_slots, queries, keys, exists, lengths, full, empty, free.index(0),
+                   s * b, first_head, s, b, n, K, H, D, WINDOW, FAR)),
     ], [4], [GATHER_REGISTERS])

@@ -54,6 +54,12 @@ def numbers(COUNT: gl.constexpr, SIZE: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
+def the_number(list):
+    """Of a list of one in shared memory, as a scalar."""
+    return gl.max(list.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
 def announce(full):
     """Say that all copies so far have arrived, once the tensor cores can see them."""
     async_copy.wait_group(0)
@@ -73,3 +79,36 @@ def fetch(x, buffer, token, first_head, H, COLUMN: gl.constexpr, COLUMNS: gl.con
     pointers = x + (token * H + head[:, None]) * D + d[None, :]
     async_copy.async_copy_global_to_shared(buffer.slice(COLUMN, COLUMNS, 1), pointers,
                                            mask=(head[:, None] < H) & (d[None, :] < D))
+
+
+@gluon.constexpr_function
+def _rows(rows, columns, wide):
+    """Of two warpgroups that hold so many columns each, apart by ``wide``: the layout in which a lane has 8 numbers."""
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + ([[0, 32]] if columns == 64 else [])
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0], [0, columns]], [], [rows, 2 * columns])
+
+
+@gluon.jit
+def _store_piece(x, piece, token, first_head, H, COLUMN: gl.constexpr, D: gl.constexpr):
+    """A piece [BLOCK_H, 2, 64] of the columns of both warpgroups."""
+    BLOCK_H: gl.constexpr = piece.shape[0]
+    layout: gl.constexpr = _rows(BLOCK_H, 64, D // 2)
+    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, layout))
+    d = gl.arange(0, 128, gl.SliceLayout(0, layout))
+    at = (token * H + head[:, None]) * D + (COLUMN + d // 64 * (D // 2) + d % 64)[None, :]
+    gl.store(x + at, gl.convert_layout(piece.reshape([BLOCK_H, 128]), layout), (head[:, None] < H) & (d[None, :] >= 0))
+
+
+@gluon.jit
+def store_heads(x, value, token, first_head, H, COLUMN: gl.constexpr, D: gl.constexpr):
+    """x [tokens, H, D] at the heads of a token = ``value`` [BLOCK_H, 2, columns], of which each of two warpgroups holds
+    a half: in pieces small enough to be exchanged among lanes, each of which then stores 16 bytes at a time."""
+    BLOCK_H: gl.constexpr = value.shape[0]
+    COLUMNS: gl.constexpr = value.shape[2]
+    if COLUMNS == 64:
+        _store_piece(x, value, token, first_head, H, COLUMN, D)
+    else:
+        left, right = value.reshape([BLOCK_H, 2, 2, COLUMNS // 2]).permute([0, 1, 3, 2]).split()
+        store_heads(x, left, token, first_head, H, COLUMN, D)
+        store_heads(x, right, token, first_head, H, COLUMN + COLUMNS // 2, D)

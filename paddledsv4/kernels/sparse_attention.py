@@ -142,11 +142,23 @@ def forward(
 
 
 @triton.jit
-def _backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, parts, first, first_head, s, b, n, g, K,
+def _multiply(out, dout, lse, sink, deltas, dsinks, H, D, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """deltas [tokens, H]: output times its gradient, which is what the softmax takes off; and the sink's gradients."""
+    token, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    at, here = (token * H + head[:, None]) * D + d[None, :], (head[:, None] < H) & (d[None, :] < D)
+    delta = tl.sum(tl.load(out + at, here, 0.0).to(tl.float32) * tl.load(dout + at, here, 0.0).to(tl.float32), 1)
+    norm = tl.load(lse + token * H + head, head < H, float("inf"))
+    rest = tl.exp2(tl.load(sink + head, head < H, 0.0).to(tl.float32) * LOG2E - norm)
+    tl.store(deltas + token * H + head, delta, head < H)
+    tl.store(dsinks + token * H + head, -rest * delta, head < H)
+
+
+@triton.jit
+def _backward(q, kv, compressed, selected, lse, deltas, dout, dq, parts, first, first_head, s, b, n, g, K,
               H, D, ratio, offset, scale, slots, WINDOW: tl.constexpr, FAR: tl.constexpr, BLOCK_K: tl.constexpr,
               BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
               CUT: tl.constexpr):
-    """dq of a query, its part of the sink's gradient, and what it adds to each of its keys: parts [.., slots, D].
+    """dq of a query, and what it adds to each of its keys: parts [.., slots, D].
 
     CUT: the gradient of the keys is computed in so many pieces of the head dim, for the registers' sake.
     """
@@ -157,10 +169,8 @@ def _backward(q, kv, compressed, selected, sink, out, lse, dout, dq, dsinks, par
     numbers = (token * H + head[:, None]) * D + d[None, :]
     here = (head[:, None] < H) & (d[None, :] < D)
     query, dvalue = tl.load(q + numbers, here, 0.0), tl.load(dout + numbers, here, 0.0)
-    delta = tl.sum(tl.load(out + numbers, here, 0.0).to(tl.float32) * dvalue.to(tl.float32), 1)
     norm = tl.load(lse + token * H + head, head < H, float("inf"))  # no head: weights of zero
-    rest = tl.exp2(tl.load(sink + head, head < H, 0.0).to(tl.float32) * LOG2E - norm)
-    tl.store(dsinks + token * H + head, -rest * delta, head < H)
+    delta = tl.load(deltas + token * H + head, head < H, 0.0)
     dquery = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     far = far_slots(selected, row, b, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
     tiles = (WINDOW + BLOCK_N - 1) // BLOCK_N + (far + BLOCK_N - 1) // BLOCK_N
@@ -216,20 +226,25 @@ def backward(
         meta = shape | HOPPER | {"PIECE": min(128, d // 2)} | options
     else:
         meta = shape | _tiles(carrier, query) | {"CUT": 2 if d > 256 else 1, "num_stages": 1} | options
-    dq, dsinks = carrier.empty(query.shape, carrier.dtype(query), query), carrier.empty([s, b, heads], "float32", sink)
-    keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset, meta["BLOCK_N"])
+    dq = carrier.empty(query.shape, carrier.dtype(query), query)
+    deltas, dsinks = (carrier.empty([s, b, heads], "float32", query) for _ in range(2))
+    carrier.launch(_multiply, (s * b, triton.cdiv(heads, 8)), out, dout, lse, sink, deltas, dsinks, heads, d, BLOCK_H=8,
+                   BLOCK_D=triton.next_power_of_2(d), num_warps=4)
+    keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset, meta["BLOCK_N"],
+                        held=hopper)
     chunk = max(PART_NUMBERS // (b * keys.slots * d), 1)
-    chunk = min(chunk if chunk < 16 else chunk // 16 * 16, s)  # Triton compiles anew for other numbers
+    step = multiprocessors() if hopper else 16  # all of them busy to the end; Triton compiles anew for odd numbers
+    chunk = min(chunk if chunk < step else chunk // step * step, s)
     parts = carrier.empty([chunk, b, keys.slots, d], carrier.dtype(query), query)
     for first in range(0, s, chunk):
         rows = min(chunk, s - first)
         keys.index(first, rows)
         for first_head in range(0, heads, meta["BLOCK_H"]):
             if hopper:
-                carrier.launch(kernel, (min(rows * b, multiprocessors()),), *inputs, counts, sink, out, lse, dout, dq,
-                               dsinks, parts, first, rows * b, first_head, *sizes, scale, keys.slots, **meta)
+                carrier.launch(kernel, (min(rows * b, multiprocessors()),), *inputs, counts, lse, deltas, dout, dq,
+                               parts, first, rows * b, first_head, *sizes, scale, keys.slots, **meta)
             else:
-                carrier.launch(_backward, (rows, b), *inputs, sink, out, lse, dout, dq, dsinks, parts, first,
-                               first_head, *sizes, ratio, offset, scale, keys.slots, **meta)
+                carrier.launch(_backward, (rows, b), *inputs, lse, deltas, dout, dq, parts, first, first_head,
+                               *sizes, ratio, offset, scale, keys.slots, **meta)
             keys.add(parts, first, rows)
     return dq, *keys.results(), column_sums(carrier, dsinks, s * b, sink.shape, carrier.dtype(sink))
