@@ -30,6 +30,7 @@ from paddledsv4.kernels.hopper_keys import (
 )
 
 GATHER_REGISTERS = gl.constexpr(56)
+FOREVER = gl.constexpr(1 << 30)  # more tiles than there are
 
 
 @gluon.jit
@@ -45,7 +46,6 @@ def _gather(q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, 
     d = gl.arange(0, D, gl.SliceLayout(0, copies))
     head = first_head + gl.arange(0, BLOCK_H, by_row)
     turn = 0
-    count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         row, batch = first + item // b, item % b
         token = (first * b + item).to(gl.int64)
@@ -63,7 +63,7 @@ def _gather(q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, 
             exists.index(0).store(real)
             if tile == 0:
                 for half in gl.static_range(2):
-                    mbarrier.wait(free.index(half), (count + 1) % 2)
+                    mbarrier.wait(free.index(half), (turn + 1) % 2)
                     fetch(q, queries.index(0), token, first_head, H, half * HALF, HALF)
                     fetch(dout, douts.index(0), token, first_head, H, half * HALF, HALF)
                 lists.index(0).store(norm)
@@ -73,7 +73,6 @@ def _gather(q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, 
             announce(full)
             turn += 1
             pointers, real = ahead, real_ahead
-        count += 1
 
 
 @gluon.jit
@@ -128,18 +127,17 @@ def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weig
     offsets += gl.arange(0, PIECE, gl.SliceLayout(0, stores))[None, :]
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        target = parts + item.to(gl.int64) * slots * D + offsets
+        target = item * slots * D + offsets
         dquery = gl.zeros([BLOCK_H, D], gl.float32, values)
         mbarrier.wait(full, turn % 2)
         tiles = the_number(lengths.index(0))
-        norm, delta = lists.index(0).load(by_head), lists.index(1).load(by_head)
         for tile in range(tiles):
             mbarrier.wait(full, turn % 2)
-            always = tile // 65536  # zero, which the compiler does not know: else it keeps addresses, and spills them
+            always = turn // FOREVER  # zero, which the compiler does not know: else it keeps addresses, and spills them
             q_now, d_now, k_now = queries.index(always), douts.index(always), keys.index(always)
             score = _products(q_now, k_now, scores)
             dweight = _products(d_now, k_now, scores)
-            real = exists.index(0).load(by_key) != 0
+            real, norm, delta = exists.index(0).load(by_key) != 0, lists.index(0).load(by_head), lists.index(1).load(by_head)
             score = warpgroup_mma_wait(1, deps=(score,))
             weight = gl.where(real[None, :], gl.exp2(score * (scale * LOG2E) - norm[:, None]), 0.0)
             weights.store(weight.to(dtype))
@@ -157,16 +155,17 @@ def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weig
                 done = part.to(dtype)
                 if piece + 1 < PIECES:
                     part = _key_part(q_now, d_now, weights, dscores, none, (piece + 1) * PIECE, PIECE)
-                if 2 * piece + 2 == PIECES:  # the first half of the columns is no longer needed for this query
+                if 2 * piece + 2 == PIECES:  # this tile no longer needs the first half of the query's columns
                     gl.thread_barrier()
-                    mbarrier.arrive(free.index(0), pred=tile == tiles - 1)
-                gl.store(target + piece * PIECE, gl.convert_layout(_as_held(done), stores, assert_trivial=True))
+                    mbarrier.arrive(free.index(0))
+                gl.store(parts + (target + piece * PIECE), gl.convert_layout(_as_held(done), stores, assert_trivial=True))
             target += BLOCK_N * D
             turn += 1
             gl.thread_barrier()  # both warpgroups are done with the weights
-            mbarrier.arrive(free.index(1), pred=tile == tiles - 1)
+            mbarrier.arrive(free.index(1))
         token = (first * b + item).to(gl.int64)
-        store_heads(dq, dquery.to(dtype).reshape([BLOCK_H, 2, D // 2]), token, first_head, H, 0, D)
+        store_heads(dq + (token * H + first_head) * D, dquery.to(dtype).reshape([BLOCK_H, 2, D // 2]), turn // FOREVER,
+                    H - first_head, 0, D)
 
 
 @gluon.jit

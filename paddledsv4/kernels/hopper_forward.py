@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from paddledsv4.kernels.hopper_keys import LOG2E, announce, barriers, fetch, key_rows, numbers, store_heads, the_number, tiles_of
 
 GATHER_REGISTERS = gl.constexpr(56)
+FOREVER = gl.constexpr(1 << 30)  # more tiles than there are
 
 
 @gluon.jit
@@ -98,7 +99,7 @@ def _attend(sink, out, lse, queries, keys, exists, lengths, weights, full, empty
             value = warpgroup_mma(weights, keys.index(turn % 2), value, is_async=True)
             mbarrier.wait(full.index((turn + 1) % 2), (turn + 1) // 2 % 2)
             real = exists.index((turn + 1) % 2).load(by_key) != 0
-            always = tile // 65536  # zero, which the compiler does not know: else it keeps addresses, and spills them
+            always = turn // FOREVER  # zero, which the compiler does not know: else it keeps addresses, and spills them
             score = warpgroup_mma(queries.index(always), keys.index((turn + 1) % 2).permute((1, 0)), none,
                                   use_acc=False, is_async=True)
             value = warpgroup_mma_wait(1, deps=(value,))
@@ -122,7 +123,8 @@ def _attend(sink, out, lse, queries, keys, exists, lengths, weights, full, empty
         token = item.to(gl.int64)
         gl.store(lse + token * H + mine, top + gl.log2(norm), mine < H)
         inverse = gl.convert_layout(1.0 / norm, gl.SliceLayout(1, values))
-        store_heads(out, (value * inverse[:, None]).to(dtype).reshape([BLOCK_H, 2, D // 2]), token, first_head, H, 0, D)
+        value = (value * inverse[:, None]).to(dtype).reshape([BLOCK_H, 2, D // 2])
+        store_heads(out + (token * H + first_head) * D, value, turn // FOREVER, H - first_head, 0, D)
 
 
 @gluon.jit

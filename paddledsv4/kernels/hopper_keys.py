@@ -90,25 +90,25 @@ def _rows(rows, columns, wide):
 
 
 @gluon.jit
-def _store_piece(x, piece, token, first_head, H, COLUMN: gl.constexpr, D: gl.constexpr):
+def _store_piece(x, piece, zero, heads, COLUMN: gl.constexpr, D: gl.constexpr):
     """A piece [BLOCK_H, 2, 64] of the columns of both warpgroups."""
     BLOCK_H: gl.constexpr = piece.shape[0]
     layout: gl.constexpr = _rows(BLOCK_H, 64, D // 2)
-    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, layout))
-    d = gl.arange(0, 128, gl.SliceLayout(0, layout))
-    at = (token * H + head[:, None]) * D + (COLUMN + d // 64 * (D // 2) + d % 64)[None, :]
-    gl.store(x + at, gl.convert_layout(piece.reshape([BLOCK_H, 128]), layout), (head[:, None] < H) & (d[None, :] >= 0))
+    head = zero + gl.arange(0, BLOCK_H, gl.SliceLayout(1, layout))
+    d = zero + gl.arange(0, 128, gl.SliceLayout(0, layout))
+    at = head[:, None] * D + (COLUMN + d // 64 * (D // 2) + d % 64)[None, :]
+    gl.store(x + at, gl.convert_layout(piece.reshape([BLOCK_H, 128]), layout), (head < heads)[:, None] & (d >= 0)[None, :])
 
 
 @gluon.jit
-def store_heads(x, value, token, first_head, H, COLUMN: gl.constexpr, D: gl.constexpr):
-    """x [tokens, H, D] at the heads of a token = ``value`` [BLOCK_H, 2, columns], of which each of two warpgroups holds
-    a half: in pieces small enough to be exchanged among lanes, each of which then stores 16 bytes at a time."""
+def store_heads(x, value, zero, heads, COLUMN: gl.constexpr, D: gl.constexpr):
+    """The first ``heads`` of x [.., D] = ``value`` [BLOCK_H, 2, columns], of which each of two warpgroups holds a half: in
+    pieces small enough to be exchanged among lanes, each of which then stores 16 bytes at a time."""
     BLOCK_H: gl.constexpr = value.shape[0]
     COLUMNS: gl.constexpr = value.shape[2]
     if COLUMNS == 64:
-        _store_piece(x, value, token, first_head, H, COLUMN, D)
+        _store_piece(x, value, zero, heads, COLUMN, D)
     else:
         left, right = value.reshape([BLOCK_H, 2, 2, COLUMNS // 2]).permute([0, 1, 3, 2]).split()
-        store_heads(x, left, token, first_head, H, COLUMN, D)
-        store_heads(x, right, token, first_head, H, COLUMN + COLUMNS // 2, D)
+        store_heads(x, left, zero, heads, COLUMN, D)
+        store_heads(x, right, zero, heads, COLUMN + COLUMNS // 2, D)
