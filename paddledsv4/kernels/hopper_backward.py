@@ -46,6 +46,7 @@ def _gather(q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, 
     d = gl.arange(0, D, gl.SliceLayout(0, copies))
     head = first_head + gl.arange(0, BLOCK_H, by_row)
     turn = 0
+    count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         row, batch = first + item // b, item % b
         token = (first * b + item).to(gl.int64)
@@ -59,8 +60,6 @@ def _gather(q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, 
             ahead, real_ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW,
                                          FAR, BLOCK_N, by_row)
             mbarrier.wait(empty, (turn + 1) % 2)
-            async_copy.async_copy_global_to_shared(keys.index(0), pointers[:, None] + d[None, :])
-            exists.index(0).store(real)
             if tile == 0:
                 for half in gl.static_range(2):
                     mbarrier.wait(free.index(half), (turn + 1) % 2)
@@ -69,10 +68,14 @@ def _gather(q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, 
                 lists.index(0).store(norm)
                 lists.index(1).store(delta)
                 lengths.index(0).store(gl.full([1], tiles, gl.int32, by_row))
+                mbarrier.wait(free.index(2), (count + 1) % 2)
+            async_copy.async_copy_global_to_shared(keys.index(0), pointers[:, None] + d[None, :])
+            exists.index(0).store(real)
             async_copy.commit_group()
             announce(full)
             turn += 1
             pointers, real = ahead, real_ahead
+        count += 1
 
 
 @gluon.jit
@@ -164,8 +167,8 @@ def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weig
             gl.thread_barrier()  # both warpgroups are done with the weights
             mbarrier.arrive(free.index(1))
         token = (first * b + item).to(gl.int64)
-        store_heads(dq + (token * H + first_head) * D, dquery.to(dtype).reshape([BLOCK_H, 2, D // 2]), turn // FOREVER,
-                    H - first_head, 0, D)
+        store_heads(dq + (token * H + first_head) * D, keys.index(0), dquery, H - first_head)
+        mbarrier.arrive(free.index(2))
 
 
 @gluon.jit
@@ -181,7 +184,7 @@ def backward(q, kv, compressed, selected, far_slots, lse, deltas, dout, dq, part
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
     dscores = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
     exists, lengths, lists = numbers(1, BLOCK_N, gl.int32), numbers(1, 1, gl.int32), numbers(2, BLOCK_H, gl.float32)
-    full, empty, free = barriers(1, 1), barriers(1, 1), barriers(2, 1)
+    full, empty, free = barriers(1, 1), barriers(1, 1), barriers(3, 1)
     gl.thread_barrier()
     gl.warp_specialize([
         (_differentiate, (dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, full.index(0),

@@ -116,15 +116,13 @@ def _attend(sink, out, lse, queries, keys, exists, lengths, weights, full, empty
         fence_async_shared()
         gl.thread_barrier()
         value = warpgroup_mma(weights, keys.index(turn % 2), value)
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(turn % 2))
-        turn += 1
         norm = gl.sum(total, 1) + gl.exp2(start - gl.where(top == float("-inf"), 0.0, top))
         token = item.to(gl.int64)
         gl.store(lse + token * H + mine, top + gl.log2(norm), mine < H)
-        inverse = gl.convert_layout(1.0 / norm, gl.SliceLayout(1, values))
-        value = (value * inverse[:, None]).to(dtype).reshape([BLOCK_H, 2, D // 2])
-        store_heads(out + (token * H + first_head) * D, value, turn // FOREVER, H - first_head, 0, D)
+        value = value * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, values))[:, None]
+        store_heads(out + (token * H + first_head) * D, keys.index(turn % 2), value, H - first_head)
+        mbarrier.arrive(empty.index(turn % 2))
+        turn += 1
 
 
 @gluon.jit

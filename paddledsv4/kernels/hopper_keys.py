@@ -81,34 +81,16 @@ def fetch(x, buffer, token, first_head, H, COLUMN: gl.constexpr, COLUMNS: gl.con
                                            mask=(head[:, None] < H) & (d[None, :] < D))
 
 
-@gluon.constexpr_function
-def _rows(rows, columns, wide):
-    """Of two warpgroups that hold so many columns each, apart by ``wide``: the layout in which a lane has 8 numbers."""
-    registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + ([[0, 32]] if columns == 64 else [])
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0], [0, columns]], [], [rows, 2 * columns])
-
 
 @gluon.jit
-def _store_piece(x, piece, zero, heads, COLUMN: gl.constexpr, D: gl.constexpr):
-    """A piece [BLOCK_H, 2, 64] of the columns of both warpgroups."""
-    BLOCK_H: gl.constexpr = piece.shape[0]
-    layout: gl.constexpr = _rows(BLOCK_H, 64, D // 2)
-    head = zero + gl.arange(0, BLOCK_H, gl.SliceLayout(1, layout))
-    d = zero + gl.arange(0, 128, gl.SliceLayout(0, layout))
-    at = head[:, None] * D + (COLUMN + d // 64 * (D // 2) + d % 64)[None, :]
-    gl.store(x + at, gl.convert_layout(piece.reshape([BLOCK_H, 128]), layout), (head < heads)[:, None] & (d >= 0)[None, :])
-
-
-@gluon.jit
-def store_heads(x, value, zero, heads, COLUMN: gl.constexpr, D: gl.constexpr):
-    """The first ``heads`` of x [.., D] = ``value`` [BLOCK_H, 2, columns], of which each of two warpgroups holds a half: in
-    pieces small enough to be exchanged among lanes, each of which then stores 16 bytes at a time."""
-    BLOCK_H: gl.constexpr = value.shape[0]
-    COLUMNS: gl.constexpr = value.shape[2]
-    if COLUMNS == 64:
-        _store_piece(x, value, zero, heads, COLUMN, D)
-    else:
-        left, right = value.reshape([BLOCK_H, 2, 2, COLUMNS // 2]).permute([0, 1, 3, 2]).split()
-        store_heads(x, left, zero, heads, COLUMN, D)
-        store_heads(x, right, zero, heads, COLUMN + COLUMNS // 2, D)
+def store_heads(x, buffer, value, heads):
+    """The first ``heads`` of x [.., D] = ``value`` [BLOCK_H, D], by way of ``buffer``, so that a lane stores 16 bytes at a
+    time."""
+    BLOCK_H: gl.constexpr = buffer.shape[0]
+    D: gl.constexpr = buffer.shape[1]
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    buffer.store(value.to(buffer.dtype))
+    gl.thread_barrier()
+    head, d = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies)), gl.arange(0, D, gl.SliceLayout(0, copies))
+    gl.store(x + (head[:, None] * D + d[None, :]), buffer.load(copies), (head[:, None] < heads) & (d[None, :] < D))
+    gl.thread_barrier()
