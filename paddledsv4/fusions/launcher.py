@@ -71,10 +71,12 @@ class PaddleCarrier:
     def dtype(self, x: Tensor) -> str:
         return dtype_name(x)
 
-    def tiles(self, x: Tensor, shape: Sequence[int]) -> Any:
+    def tiles(self, x: Tensor, shape: Sequence[int], layout: Any = None) -> Any:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        return TensorDescriptor(Pointer(x), list(x.shape), list(x.strides), list(shape))
+        tiles = Pointer(x), list(x.shape), list(x.strides), list(shape)
+        return TensorDescriptor(*tiles) if layout is None else GluonDescriptor(*tiles, layout)
 
     def launch(self, kernel, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         enable_triton()

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -20,23 +21,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from paddledsv4.kernels.hopper_keys import (
     LOG2E,
     announce,
-    barriers,
+    barrier,
+    far_slots,
     fetch,
-    key_rows,
+    key_entries,
+    key_exists,
+    key_pointers,
     numbers,
     store_heads,
     the_number,
     tiles_of,
+    zero,
 )
 
 GATHER_REGISTERS = gl.constexpr(56)
-FOREVER = gl.constexpr(1 << 30)  # more tiles than there are
+
+
+PARTS = gl.NVMMASharedLayout(128, 16, 2)  # how a piece of the keys' gradient lies in shared memory
 
 
 @gluon.jit
-def _gather(q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, douts, keys, exists, lists, lengths,
-            full, empty, free, first, items, first_head, s, b, n, K, H, D: gl.constexpr, WINDOW: gl.constexpr,
-            FAR: gl.constexpr):
+def _gather(q, kv, compressed, selected, lse, deltas, dout, queries, douts, keys, exists, lists, lengths, full, empty,
+            halves, drained, first, items, first_head, s, b, n, g, K, H, D: gl.constexpr, ratio, offset,
+            WINDOW: gl.constexpr, FAR: gl.constexpr, BLOCK_K: gl.constexpr):
     """Four warps: whatever is read from memory, as soon as there is room for it."""
     BLOCK_H: gl.constexpr = queries.shape[1]
     BLOCK_N: gl.constexpr = keys.shape[1]
@@ -45,36 +52,37 @@ def _gather(q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, 
     by_row: gl.constexpr = gl.SliceLayout(1, copies)
     d = gl.arange(0, D, gl.SliceLayout(0, copies))
     head = first_head + gl.arange(0, BLOCK_H, by_row)
-    turn = 0
+    step = 0
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         row, batch = first + item // b, item % b
-        token = (first * b + item).to(gl.int64)
-        far = gl.load(far_slots + token)
+        heads = (first * b + item).to(gl.int64) * H
+        far = far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
         tiles = tiles_of(far, WINDOW, BLOCK_N)
-        norm = gl.load(lse + token * H + head, head < H, float("inf"))  # no head: weights of zero
-        delta = gl.load(deltas + token * H + head, head < H, 0.0)
-        pointers, real = key_rows(kv, compressed, selected, 0, row, far, n, b, batch, s, K, D, WINDOW, FAR, BLOCK_N,
-                                  by_row)
+        norm = gl.load(lse + heads + head, head < H, float("inf"))  # no head: weights of zero
+        delta = gl.load(deltas + heads + head, head < H, 0.0)
+        entry = key_entries(selected, 0, row, far, batch, s, K, WINDOW, FAR, BLOCK_N, by_row)
         for tile in range(tiles):
-            ahead, real_ahead = key_rows(kv, compressed, selected, tile + 1, row, far, n, b, batch, s, K, D, WINDOW,
-                                         FAR, BLOCK_N, by_row)
-            mbarrier.wait(empty, (turn + 1) % 2)
+            pointers = key_pointers(kv, compressed, entry, tile, row, n, b, batch, s, D, WINDOW, BLOCK_N, by_row)
+            real = key_exists(entry, tile, row, n, s, WINDOW, BLOCK_N, by_row)
+            mbarrier.wait(empty, (step + 1) % 2)
             if tile == 0:
                 for half in gl.static_range(2):
-                    mbarrier.wait(free.index(half), (turn + 1) % 2)
-                    fetch(q, queries.index(0), token, first_head, H, half * HALF, HALF)
-                    fetch(dout, douts.index(0), token, first_head, H, half * HALF, HALF)
+                    mbarrier.wait(halves[half], (step + 1) % 2)
+                    fetch(q + (heads + first_head) * D, queries.index(0).slice(half * HALF, HALF, 1), H - first_head,
+                          half * HALF, D)
+                    fetch(dout + (heads + first_head) * D, douts.index(0).slice(half * HALF, HALF, 1), H - first_head,
+                          half * HALF, D)
                 lists.index(0).store(norm)
                 lists.index(1).store(delta)
                 lengths.index(0).store(gl.full([1], tiles, gl.int32, by_row))
-                mbarrier.wait(free.index(2), (count + 1) % 2)
+                mbarrier.wait(drained, (count + 1) % 2)
             async_copy.async_copy_global_to_shared(keys.index(0), pointers[:, None] + d[None, :])
-            exists.index(0).store(real)
             async_copy.commit_group()
-            announce(full)
-            turn += 1
-            pointers, real = ahead, real_ahead
+            exists.index(0).store(real.to(gl.int32))
+            entry = key_entries(selected, tile + 1, row, far, batch, s, K, WINDOW, FAR, BLOCK_N, by_row)
+            announce(full, 0)
+            step += 1
         count += 1
 
 
@@ -94,50 +102,30 @@ def _key_part(queries, douts, weights, dscores, none, COLUMN: gl.constexpr, PIEC
     return warpgroup_mma(dscores.permute((1, 0)), queries.slice(COLUMN, PIECE, 1), part, is_async=True)
 
 
-@gluon.constexpr_function
-def _held(rows, columns):
-    """The layout of ``_as_held``: of 32 columns a lane has 8, so that four lanes store 64 bytes at a time."""
-    registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + ([[0, 32]] if columns == 128 else [])
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0], [0, columns // 2]], [], [rows, columns])
-
-
 @gluon.jit
-def _as_held(part):
-    """The columns of a piece in the order in which lanes hold them, so that none is exchanged before the store.
-    ``inverted_index`` knows this order."""
-    ROWS: gl.constexpr = part.shape[0]
-    COLUMNS: gl.constexpr = part.shape[1]
-    return part.reshape([ROWS, COLUMNS // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, COLUMNS])
-
-
-@gluon.jit
-def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, full, empty, free, first,
-                   items, first_head, b, H, scale, slots, D: gl.constexpr, PIECE: gl.constexpr):
+def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, done, full, empty,
+                   halves, drained, first, items, first_head, b, H, scale, slots, D: gl.constexpr):
     """Eight warps: all that is computed. What they read is in shared memory."""
     BLOCK_H: gl.constexpr = queries.shape[1]
     BLOCK_N: gl.constexpr = keys.shape[1]
+    PIECE: gl.constexpr = done.shape[1]
     PIECES: gl.constexpr = D // PIECE
     dtype: gl.constexpr = queries.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_N // 2, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
     pieces: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PIECE // 2, 16])
-    stores: gl.constexpr = _held(BLOCK_N, PIECE)
     by_key: gl.constexpr = gl.SliceLayout(0, scores)
     by_head: gl.constexpr = gl.SliceLayout(1, scores)
     none = gl.zeros([BLOCK_N, PIECE], gl.float32, pieces)
-    offsets = gl.arange(0, BLOCK_N, gl.SliceLayout(1, stores))[:, None] * D
-    offsets += gl.arange(0, PIECE, gl.SliceLayout(0, stores))[None, :]
-    turn = 0
+    step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        target = item * slots * D + offsets
+        slot = item * slots
         dquery = gl.zeros([BLOCK_H, D], gl.float32, values)
-        mbarrier.wait(full, turn % 2)
+        mbarrier.wait(full, step % 2)
         tiles = the_number(lengths.index(0))
         for tile in range(tiles):
-            mbarrier.wait(full, turn % 2)
-            always = turn // FOREVER  # zero, which the compiler does not know: else it keeps addresses, and spills them
-            q_now, d_now, k_now = queries.index(always), douts.index(always), keys.index(always)
+            mbarrier.wait(full, step % 2)
+            q_now, d_now, k_now = queries.index(zero(step)), douts.index(zero(step)), keys.index(zero(step))
             score = _products(q_now, k_now, scores)
             dweight = _products(d_now, k_now, scores)
             real, norm, delta = exists.index(0).load(by_key) != 0, lists.index(0).load(by_head), lists.index(1).load(by_head)
@@ -154,27 +142,31 @@ def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weig
             gl.thread_barrier()
             mbarrier.arrive(empty)
             for piece in gl.static_range(PIECES):
+                tma.store_wait(0)
+                gl.thread_barrier()  # the piece before has left its memory
                 part = warpgroup_mma_wait(0, deps=(part,))
-                done = part.to(dtype)
+                done.store(part.to(dtype))
                 if piece + 1 < PIECES:
                     part = _key_part(q_now, d_now, weights, dscores, none, (piece + 1) * PIECE, PIECE)
+                fence_async_shared()
+                gl.thread_barrier()  # both warpgroups have done this piece
                 if 2 * piece + 2 == PIECES:  # this tile no longer needs the first half of the query's columns
-                    gl.thread_barrier()
-                    mbarrier.arrive(free.index(0))
-                gl.store(parts + (target + piece * PIECE), gl.convert_layout(_as_held(done), stores, assert_trivial=True))
-            target += BLOCK_N * D
-            turn += 1
-            gl.thread_barrier()  # both warpgroups are done with the weights
-            mbarrier.arrive(free.index(1))
-        token = (first * b + item).to(gl.int64)
-        store_heads(dq + (token * H + first_head) * D, keys.index(0), dquery, H - first_head)
-        mbarrier.arrive(free.index(2))
+                    mbarrier.arrive(halves[0])
+                if piece + 1 == PIECES:
+                    mbarrier.arrive(halves[1])
+                tma.async_copy_shared_to_global(parts, [slot, piece * PIECE], done)
+            slot += BLOCK_N
+            step += 1
+        heads = (first * b + item).to(gl.int64) * H + first_head
+        store_heads(dq + heads * D, keys.index(0), dquery, H - first_head, D)
+        mbarrier.arrive(drained)
+    tma.store_wait(0)
 
 
 @gluon.jit
-def backward(q, kv, compressed, selected, far_slots, lse, deltas, dout, dq, parts, first, items, first_head, s,
-             b, n, g, K, H, D: gl.constexpr, scale, slots, WINDOW: gl.constexpr, FAR: gl.constexpr,
-             BLOCK_K: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr, PIECE: gl.constexpr):
+def backward(q, kv, compressed, selected, lse, deltas, dout, dq, parts, first, items, first_head, s, b, n, g, K, H,
+             D: gl.constexpr, ratio, offset, scale, slots, WINDOW: gl.constexpr, FAR: gl.constexpr,
+             BLOCK_K: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr):
     """A program: every so many-th of ``items`` queries from row ``first`` on, BLOCK_H heads of each."""
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = q.dtype.element_ty
@@ -183,13 +175,14 @@ def backward(q, kv, compressed, selected, far_slots, lse, deltas, dout, dq, part
     keys = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], shared)
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
     dscores = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
+    done = gl.allocate_shared_memory(dtype, parts.block_shape, parts.layout)
     exists, lengths, lists = numbers(1, BLOCK_N, gl.int32), numbers(1, 1, gl.int32), numbers(2, BLOCK_H, gl.float32)
-    full, empty, free = barriers(1, 1), barriers(1, 1), barriers(3, 1)
+    full, empty, halves, drained = barrier(1), barrier(1), (barrier(1), barrier(1)), barrier(1)
     gl.thread_barrier()
     gl.warp_specialize([
-        (_differentiate, (dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, full.index(0),
-                          empty.index(0), free, first, items, first_head, b, H, scale, slots, D, PIECE)),
-        (_gather, (q, kv, compressed, selected, far_slots, lse, deltas, dout, queries, douts, keys, exists, lists,
-                   lengths, full.index(0), empty.index(0), free, first, items, first_head, s, b, n, K, H, D, WINDOW,
-                   FAR)),
+        (_differentiate, (dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, done, full, empty,
+                          halves, drained, first, items, first_head, b, H, scale, slots, D)),
+        (_gather, (q, kv, compressed, selected, lse, deltas, dout, queries, douts, keys, exists, lists, lengths, full,
+                   empty, halves, drained, first, items, first_head, s, b, n, g, K, H, D, ratio, offset, WINDOW, FAR,
+                   BLOCK_K)),
     ], [4], [GATHER_REGISTERS])

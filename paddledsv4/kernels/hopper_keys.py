@@ -1,4 +1,4 @@
-"""What both of Hopper's kernels need: ``attention_keys`` in Gluon, barriers, and how a query and its keys arrive."""
+"""What both of Hopper's kernels need: ``attention_keys`` in Gluon, barriers, and how tiles come and results go."""
 
 from __future__ import annotations
 
@@ -11,25 +11,16 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def key_rows(kv, compressed, selected, tile, row, far, n, b, batch, s, K, D: gl.constexpr, WINDOW: gl.constexpr,
-             FAR: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """As ``attention_keys.key_rows``: pointers to the keys of a tile, the own key where there is none; which exist."""
-    NEAR: gl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
-    i = gl.arange(0, BLOCK_N, layout)
-    own = row + n - s
-    position = own - (WINDOW - 1) + tile * BLOCK_N + i
-    exists = (tile * BLOCK_N + i < WINDOW) & (position >= 0)
-    pointers = kv + (gl.where(exists, position, own).to(gl.int64) * b + batch) * D
-    if FAR != 0:
-        behind = (tile - NEAR) * BLOCK_N + i
-        inside = (tile >= NEAR) & (behind < far)
-        if FAR == 2:
-            entry = gl.load(selected + (batch * s + row).to(gl.int64) * K + behind, inside, -1)
-        else:
-            entry = gl.where(inside, behind, -1)
-        pointers = gl.where(entry >= 0, compressed + (entry.to(gl.int64) * b + batch) * D, pointers)
-        exists = gl.where(tile >= NEAR, entry >= 0, exists)
-    return pointers, exists.to(gl.int32)
+def far_slots(selected, row, batch, s, K, g, ratio, offset, FAR: gl.constexpr, BLOCK_K: gl.constexpr):
+    """As ``attention_keys.far_slots``."""
+    far = gl.to_tensor(0)
+    if FAR == 1:
+        far = gl.minimum(g, (offset + row + 1) // ratio)
+    if FAR == 2:
+        slot = gl.arange(0, BLOCK_K, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+        index = gl.load(selected + (batch * s + row).to(gl.int64) * K + slot, slot < K, -1)
+        far = gl.max(gl.where(index >= 0, slot + 1, 0), 0)
+    return far
 
 
 @gluon.jit
@@ -39,12 +30,37 @@ def tiles_of(far, WINDOW: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers that complete after so many arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), ARRIVALS)
-    return barriers
+def key_entries(selected, tile, row, far, batch, s, K, WINDOW: gl.constexpr, FAR: gl.constexpr, BLOCK_N: gl.constexpr,
+                layout: gl.constexpr):
+    """The compressed entries of a tile; -1 where there is none."""
+    NEAR: gl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
+    behind = (tile - NEAR) * BLOCK_N + gl.arange(0, BLOCK_N, layout)
+    inside = (tile >= NEAR) & (behind < far)
+    if FAR == 2:
+        return gl.load(selected + (batch * s + row).to(gl.int64) * K + behind, inside, -1)
+    return gl.where(inside, behind, -1)
+
+
+@gluon.jit
+def key_positions(tile, row, n, s, WINDOW: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    """The positions of a tile in the window; -1 where there is none."""
+    slot = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout)
+    return gl.where(slot < WINDOW, gl.maximum(row + n - s - (WINDOW - 1) + slot, -1), -1)
+
+
+@gluon.jit
+def key_pointers(kv, compressed, entry, tile, row, n, b, batch, s, D: gl.constexpr, WINDOW: gl.constexpr,
+                 BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    """As ``attention_keys.key_rows``: pointers to the keys of a tile; the own key where there is none."""
+    position = key_positions(tile, row, n, s, WINDOW, BLOCK_N, layout)
+    number = gl.where(entry >= 0, entry, gl.where(position >= 0, position, row + n - s))
+    return gl.where(entry >= 0, compressed, kv) + (number * b + batch).to(gl.int64) * D
+
+
+@gluon.jit
+def key_exists(entry, tile, row, n, s, WINDOW: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    """Which keys of a tile there are."""
+    return (entry >= 0) | (key_positions(tile, row, n, s, WINDOW, BLOCK_N, layout) >= 0)
 
 
 @gluon.jit
@@ -60,37 +76,48 @@ def the_number(list):
 
 
 @gluon.jit
-def announce(full):
-    """Say that all copies so far have arrived, once the tensor cores can see them."""
-    async_copy.wait_group(0)
+def barrier(ARRIVALS: gl.constexpr):
+    """One, in memory of its own: else the compiler lets all warps meet between its uses and a neighbour's."""
+    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier, ARRIVALS)
+    return barrier
+
+
+@gluon.jit
+def announce(full, PENDING: gl.constexpr):
+    """Say that all copies but the last PENDING groups have arrived, once the tensor cores can see them."""
+    async_copy.wait_group(PENDING)
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(full)
 
 
 @gluon.jit
-def fetch(x, buffer, token, first_head, H, COLUMN: gl.constexpr, COLUMNS: gl.constexpr):
-    """Start to copy columns of the heads of a query, of x [tokens, H, D], into ``buffer``."""
-    BLOCK_H: gl.constexpr = buffer.shape[0]
-    D: gl.constexpr = buffer.shape[1]
-    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    d = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, copies))
-    head = first_head + gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
-    pointers = x + (token * H + head[:, None]) * D + d[None, :]
-    async_copy.async_copy_global_to_shared(buffer.slice(COLUMN, COLUMNS, 1), pointers,
-                                           mask=(head[:, None] < H) & (d[None, :] < D))
-
+def zero(step):
+    """Zero, which the compiler does not know: else it keeps the addresses of all operands, and spills them."""
+    return step >> 30
 
 
 @gluon.jit
-def store_heads(x, buffer, value, heads):
-    """The first ``heads`` of x [.., D] = ``value`` [BLOCK_H, D], by way of ``buffer``, so that a lane stores 16 bytes at a
-    time."""
+def fetch(x, buffer, heads, COLUMN: gl.constexpr, D: gl.constexpr):
+    """Start to copy columns of the first ``heads`` of x [.., D] into ``buffer`` [BLOCK_H, columns]."""
     BLOCK_H: gl.constexpr = buffer.shape[0]
-    D: gl.constexpr = buffer.shape[1]
+    WARPS: gl.constexpr = gl.num_warps()
+    copies: gl.constexpr = gl.BlockedLayout([16 // WARPS, 8], [4, 8], [WARPS, 1], [1, 0])
+    head = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
+    d = COLUMN + gl.arange(0, buffer.shape[1], gl.SliceLayout(0, copies))
+    async_copy.async_copy_global_to_shared(buffer, x + (head[:, None] * D + d[None, :]),
+                                           mask=(head[:, None] < heads) & (d[None, :] < D))
+
+
+@gluon.jit
+def store_heads(x, buffer, value, heads, D: gl.constexpr):
+    """The first ``heads`` of x [.., D] = ``value`` [BLOCK_H, columns], by way of ``buffer``, so that a lane stores 16
+    bytes at a time."""
+    BLOCK_H: gl.constexpr = buffer.shape[0]
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     buffer.store(value.to(buffer.dtype))
     gl.thread_barrier()
-    head, d = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies)), gl.arange(0, D, gl.SliceLayout(0, copies))
+    head, d = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies)), gl.arange(0, buffer.shape[1], gl.SliceLayout(0, copies))
     gl.store(x + (head[:, None] * D + d[None, :]), buffer.load(copies), (head[:, None] < heads) & (d[None, :] < D))
     gl.thread_barrier()

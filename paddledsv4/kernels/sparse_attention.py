@@ -6,6 +6,8 @@ Logits are in units of log 2. The sink is where the running maximum begins: it h
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -60,14 +62,7 @@ def limits(carrier: Carrier, query: T) -> str:
     return ""
 
 
-@triton.jit
-def _count(selected, counts, s, b, g, K, ratio, offset, FAR: tl.constexpr, BLOCK_K: tl.constexpr):
-    """counts [s, b]: how many slots behind its window a query has. So that a kernel that stays need not find out."""
-    row, batch = tl.program_id(0), tl.program_id(1)
-    tl.store(counts + row * b + batch, far_slots(selected, row, b, batch, s, K, g, ratio, offset, FAR, BLOCK_K))
-
-
-HOPPER = {"BLOCK_H": 64, "BLOCK_N": 64, "num_warps": 8}  # and four more that gather
+HOPPER = {"BLOCK_H": 64, "BLOCK_N": 64}  # of the kernels that start more warps themselves
 
 
 def _for_hopper(carrier: Carrier, query: T) -> bool:
@@ -107,16 +102,6 @@ def _tiles(carrier: Carrier, query: T) -> dict:
     }
 
 
-def _counts(carrier: Carrier, query: T, compressed: T | None, selected: T | None, ratio: int, offset: int,
-            shape: dict) -> T:
-    """``_count`` of all queries, [s, b] int32."""
-    s, b, groups = *query.shape[:2], 0 if compressed is None else compressed.shape[0]
-    counts, listed = carrier.empty([s, b], "int32", query), query if selected is None else selected
-    carrier.launch(_count, (s, b), listed, counts, s, b, groups, 0 if selected is None else selected.shape[2], ratio,
-                   offset, FAR=shape["FAR"], BLOCK_K=shape["BLOCK_K"], num_warps=1)
-    return counts
-
-
 def forward(
     carrier: Carrier, query: T, kv: T, compressed: T | None, selected: T | None, sink: T,
     window: int, ratio: int, scale: float, offset: int = 0, **options,
@@ -127,17 +112,17 @@ def forward(
     s, b, heads, _ = query.shape
     out, lse = carrier.empty(query.shape, carrier.dtype(query), query), carrier.empty([s, b, heads], "float32", query)
     sizes, shape = _sizes(query, kv, compressed, selected), _shape(carrier, query, compressed, selected, window)
-    inputs = query, kv, kv if compressed is None else compressed, kv if selected is None else selected
-    if _for_hopper(carrier, query):
+    if hopper := _for_hopper(carrier, query):
         from paddledsv4.kernels.hopper_forward import forward as kernel
 
-        counts, meta = _counts(carrier, query, compressed, selected, ratio, offset, shape), shape | HOPPER | options
-        grid = min(s * b, multiprocessors()), triton.cdiv(heads, meta["BLOCK_H"])
-        carrier.launch(kernel, grid, *inputs, counts, sink, out, lse, *sizes, scale, **meta)
+        meta = shape | HOPPER | {"num_warps": 4} | options
     else:
-        meta = shape | _tiles(carrier, query) | options
-        grid = s, b, triton.cdiv(heads, meta["BLOCK_H"])
-        carrier.launch(_forward, grid, *inputs, sink, out, lse, *sizes, ratio, offset, scale, **meta)
+        kernel, meta = _forward, shape | _tiles(carrier, query) | options
+    grid = s, b, triton.cdiv(heads, meta["BLOCK_H"])
+    if hopper:
+        grid = (min(math.prod(grid), multiprocessors()),)
+    carrier.launch(kernel, grid, query, kv, kv if compressed is None else compressed,
+                   kv if selected is None else selected, sink, out, lse, *sizes, ratio, offset, scale, **meta)
     return out, lse
 
 
@@ -218,33 +203,32 @@ def backward(
     s, b, heads, d = query.shape
     sizes, shape = _sizes(query, kv, compressed, selected), _shape(carrier, query, compressed, selected, window)
     inputs = query, kv, kv if compressed is None else compressed, kv if selected is None else selected
-    hopper = _for_hopper(carrier, query)
-    if hopper:
+    if hopper := _for_hopper(carrier, query):
+        from paddledsv4.kernels.hopper_backward import PARTS
         from paddledsv4.kernels.hopper_backward import backward as kernel
 
-        counts = _counts(carrier, query, compressed, selected, ratio, offset, shape)
-        meta = shape | HOPPER | {"PIECE": min(128, d // 2)} | options
+        meta = shape | HOPPER | {"num_warps": 8} | options
     else:
+        kernel = _backward
         meta = shape | _tiles(carrier, query) | {"CUT": 2 if d > 256 else 1, "num_stages": 1} | options
     dq = carrier.empty(query.shape, carrier.dtype(query), query)
     deltas, dsinks = (carrier.empty([s, b, heads], "float32", query) for _ in range(2))
     carrier.launch(_multiply, (s * b, triton.cdiv(heads, 8)), out, dout, lse, sink, deltas, dsinks, heads, d, BLOCK_H=8,
                    BLOCK_D=triton.next_power_of_2(d), num_warps=4)
-    keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset, meta["BLOCK_N"],
-                        held=hopper)
+    keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset, meta["BLOCK_N"])
     chunk = max(PART_NUMBERS // (b * keys.slots * d), 1)
     step = multiprocessors() if hopper else 16  # all of them busy to the end; Triton compiles anew for odd numbers
     chunk = min(chunk if chunk < step else chunk // step * step, s)
-    parts = carrier.empty([chunk, b, keys.slots, d], carrier.dtype(query), query)
+    parts = carrier.empty([chunk * b * keys.slots, d], carrier.dtype(query), query)
     for first in range(0, s, chunk):
         rows = min(chunk, s - first)
         keys.index(first, rows)
         for first_head in range(0, heads, meta["BLOCK_H"]):
+            grid, where, what = (rows, b), parts, (first,)
             if hopper:
-                carrier.launch(kernel, (min(rows * b, multiprocessors()),), *inputs, counts, lse, deltas, dout, dq,
-                               parts, first, rows * b, first_head, *sizes, scale, keys.slots, **meta)
-            else:
-                carrier.launch(_backward, (rows, b), *inputs, lse, deltas, dout, dq, parts, first, first_head,
-                               *sizes, ratio, offset, scale, keys.slots, **meta)
+                grid, what = (min(rows * b, multiprocessors()),), (first, rows * b)
+                where = carrier.tiles(parts, [meta["BLOCK_N"], min(128, d // 2)], PARTS)
+            carrier.launch(kernel, grid, *inputs, lse, deltas, dout, dq, where, *what, first_head, *sizes, ratio, offset,
+                           scale, keys.slots, **meta)
             keys.add(parts, first, rows)
     return dq, *keys.results(), column_sums(carrier, dsinks, s * b, sink.shape, carrier.dtype(sink))
