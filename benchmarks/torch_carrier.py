@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -25,10 +24,8 @@ class TorchCarrier:
     def dtype(self, x: torch.Tensor) -> str:
         return str(x.dtype).removeprefix("torch.")
 
-    def tiles(self, x: torch.Tensor, shape: Sequence[int], layout: Any = None) -> Any:
-        if layout is None:
-            return TensorDescriptor(x, list(x.shape), list(x.stride()), list(shape))
-        return GluonDescriptor(x, list(x.shape), list(x.stride()), list(shape), layout)
+    def tiles(self, x: torch.Tensor, shape: Sequence[int]) -> TensorDescriptor:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), list(shape))
 
     def launch(self, kernel, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         kernel[grid](*args, **meta)

@@ -71,12 +71,10 @@ class PaddleCarrier:
     def dtype(self, x: Tensor) -> str:
         return dtype_name(x)
 
-    def tiles(self, x: Tensor, shape: Sequence[int], layout: Any = None) -> Any:
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+    def tiles(self, x: Tensor, shape: Sequence[int]) -> Any:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        tiles = Pointer(x), list(x.shape), list(x.strides), list(shape)
-        return TensorDescriptor(*tiles) if layout is None else GluonDescriptor(*tiles, layout)
+        return TensorDescriptor(Pointer(x), list(x.shape), list(x.strides), list(shape))
 
     def launch(self, kernel, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         enable_triton()

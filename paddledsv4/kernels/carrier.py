@@ -25,11 +25,10 @@ class Carrier(Protocol):
     def dtype(self, x: T) -> str:
         """The name of the dtype of ``x``."""
 
-    def tiles(self, x: T, shape: Sequence[int], layout: Any = None) -> Any:
+    def tiles(self, x: T, shape: Sequence[int]) -> Any:
         """A kernel's argument through which it loads and stores tiles of ``shape`` of ``x`` (a tensor descriptor: on
         a GPU by its copy engine). Beyond the edges tiles read as zeros and are not stored. The last dimension of ``x``
-        has unit stride, and the others' strides are multiples of 16 bytes. ``layout``, for kernels in Gluon: how a tile
-        lies in shared memory."""
+        has unit stride, and the others' strides are multiples of 16 bytes."""
 
     def launch(self, kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         """Run ``kernel`` on ``grid``. Tensors among ``args`` become pointers; ``meta``: its constexpr arguments and

@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -35,9 +34,6 @@ from paddledsv4.kernels.hopper_keys import (
 )
 
 GATHER_REGISTERS = gl.constexpr(56)
-
-
-PARTS = gl.NVMMASharedLayout(128, 16, 2)  # how a piece of the keys' gradient lies in shared memory
 
 
 @gluon.jit
@@ -102,33 +98,53 @@ def _key_part(queries, douts, weights, dscores, none, COLUMN: gl.constexpr, PIEC
     return warpgroup_mma(dscores.permute((1, 0)), queries.slice(COLUMN, PIECE, 1), part, is_async=True)
 
 
+@gluon.constexpr_function
+def _held(rows, columns):
+    """The layout of ``_as_held``: of 32 columns a lane has 8, so that four lanes store 64 bytes at a time."""
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + ([[0, 32]] if columns == 128 else [])
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0], [0, columns // 2]], [], [rows, columns])
+
+
 @gluon.jit
-def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, done, full, empty,
-                   halves, drained, first, items, first_head, b, H, scale, slots, D: gl.constexpr):
+def _as_held(part):
+    """The columns of a piece in the order in which lanes hold them, so that none is exchanged before the store.
+    ``inverted_index`` knows this order."""
+    ROWS: gl.constexpr = part.shape[0]
+    COLUMNS: gl.constexpr = part.shape[1]
+    return part.reshape([ROWS, COLUMNS // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, COLUMNS])
+
+
+@gluon.jit
+def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, full, empty, halves,
+                   drained, first, items, first_head, b, H, scale, slots, D: gl.constexpr, PIECE: gl.constexpr):
     """Eight warps: all that is computed. What they read is in shared memory."""
     BLOCK_H: gl.constexpr = queries.shape[1]
     BLOCK_N: gl.constexpr = keys.shape[1]
-    PIECE: gl.constexpr = done.shape[1]
     PIECES: gl.constexpr = D // PIECE
     dtype: gl.constexpr = queries.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_N // 2, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
     pieces: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PIECE // 2, 16])
+    stores: gl.constexpr = _held(BLOCK_N, PIECE)
     by_key: gl.constexpr = gl.SliceLayout(0, scores)
     by_head: gl.constexpr = gl.SliceLayout(1, scores)
+    offsets = gl.arange(0, BLOCK_N, gl.SliceLayout(1, stores)).to(gl.int64)[:, None] * D
+    offsets += gl.arange(0, PIECE, gl.SliceLayout(0, stores)).to(gl.int64)[None, :]
     none = gl.zeros([BLOCK_N, PIECE], gl.float32, pieces)
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        slot = item * slots
+        target = parts + item.to(gl.int64) * slots * D
         dquery = gl.zeros([BLOCK_H, D], gl.float32, values)
         mbarrier.wait(full, step % 2)
         tiles = the_number(lengths.index(0))
-        for tile in range(tiles):
+        for _ in range(tiles):
             mbarrier.wait(full, step % 2)
             q_now, d_now, k_now = queries.index(zero(step)), douts.index(zero(step)), keys.index(zero(step))
             score = _products(q_now, k_now, scores)
             dweight = _products(d_now, k_now, scores)
-            real, norm, delta = exists.index(0).load(by_key) != 0, lists.index(0).load(by_head), lists.index(1).load(by_head)
+            norm, delta = lists.index(0).load(by_head), lists.index(1).load(by_head)
+            real = exists.index(0).load(by_key) != 0
             score = warpgroup_mma_wait(1, deps=(score,))
             weight = gl.where(real[None, :], gl.exp2(score * (scale * LOG2E) - norm[:, None]), 0.0)
             weights.store(weight.to(dtype))
@@ -142,31 +158,27 @@ def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weig
             gl.thread_barrier()
             mbarrier.arrive(empty)
             for piece in gl.static_range(PIECES):
-                tma.store_wait(0)
-                gl.thread_barrier()  # the piece before has left its memory
                 part = warpgroup_mma_wait(0, deps=(part,))
-                done.store(part.to(dtype))
+                done = part.to(dtype)
                 if piece + 1 < PIECES:
                     part = _key_part(q_now, d_now, weights, dscores, none, (piece + 1) * PIECE, PIECE)
-                fence_async_shared()
-                gl.thread_barrier()  # both warpgroups have done this piece
-                if 2 * piece + 2 == PIECES:  # this tile no longer needs the first half of the query's columns
+                if 2 * piece + 2 == PIECES:
+                    gl.thread_barrier()
                     mbarrier.arrive(halves[0])
-                if piece + 1 == PIECES:
-                    mbarrier.arrive(halves[1])
-                tma.async_copy_shared_to_global(parts, [slot, piece * PIECE], done)
-            slot += BLOCK_N
+                gl.store(target + (piece * PIECE + offsets), gl.convert_layout(_as_held(done), stores, assert_trivial=True))
+            gl.thread_barrier()  # both warpgroups are done with the weights
+            mbarrier.arrive(halves[1])
+            target += BLOCK_N * D
             step += 1
         heads = (first * b + item).to(gl.int64) * H + first_head
         store_heads(dq + heads * D, keys.index(0), dquery, H - first_head, D)
         mbarrier.arrive(drained)
-    tma.store_wait(0)
 
 
 @gluon.jit
 def backward(q, kv, compressed, selected, lse, deltas, dout, dq, parts, first, items, first_head, s, b, n, g, K, H,
              D: gl.constexpr, ratio, offset, scale, slots, WINDOW: gl.constexpr, FAR: gl.constexpr,
-             BLOCK_K: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr):
+             BLOCK_K: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr, PIECE: gl.constexpr):
     """A program: every so many-th of ``items`` queries from row ``first`` on, BLOCK_H heads of each."""
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = q.dtype.element_ty
@@ -175,13 +187,12 @@ def backward(q, kv, compressed, selected, lse, deltas, dout, dq, parts, first, i
     keys = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], shared)
     weights = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
     dscores = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], shared)
-    done = gl.allocate_shared_memory(dtype, parts.block_shape, parts.layout)
     exists, lengths, lists = numbers(1, BLOCK_N, gl.int32), numbers(1, 1, gl.int32), numbers(2, BLOCK_H, gl.float32)
     full, empty, halves, drained = barrier(1), barrier(1), (barrier(1), barrier(1)), barrier(1)
     gl.thread_barrier()
     gl.warp_specialize([
-        (_differentiate, (dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, done, full, empty,
-                          halves, drained, first, items, first_head, b, H, scale, slots, D)),
+        (_differentiate, (dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, full, empty, halves,
+                          drained, first, items, first_head, b, H, scale, slots, D, PIECE)),
         (_gather, (q, kv, compressed, selected, lse, deltas, dout, queries, douts, keys, exists, lists, lengths, full,
                    empty, halves, drained, first, items, first_head, s, b, n, g, K, H, D, ratio, offset, WINDOW, FAR,
                    BLOCK_K)),

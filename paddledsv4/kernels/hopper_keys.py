@@ -106,7 +106,7 @@ def fetch(x, buffer, heads, COLUMN: gl.constexpr, D: gl.constexpr):
     copies: gl.constexpr = gl.BlockedLayout([16 // WARPS, 8], [4, 8], [WARPS, 1], [1, 0])
     head = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
     d = COLUMN + gl.arange(0, buffer.shape[1], gl.SliceLayout(0, copies))
-    async_copy.async_copy_global_to_shared(buffer, x + (head[:, None] * D + d[None, :]),
+    async_copy.async_copy_global_to_shared(buffer, x + (head.to(gl.int64)[:, None] * D + d.to(gl.int64)[None, :]),
                                            mask=(head[:, None] < heads) & (d[None, :] < D))
 
 
@@ -119,5 +119,5 @@ def store_heads(x, buffer, value, heads, D: gl.constexpr):
     buffer.store(value.to(buffer.dtype))
     gl.thread_barrier()
     head, d = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies)), gl.arange(0, buffer.shape[1], gl.SliceLayout(0, copies))
-    gl.store(x + (head[:, None] * D + d[None, :]), buffer.load(copies), (head[:, None] < heads) & (d[None, :] < D))
+    gl.store(x + (head.to(gl.int64)[:, None] * D + d.to(gl.int64)[None, :]), buffer.load(copies), (head[:, None] < heads) & (d[None, :] < D))
     gl.thread_barrier()

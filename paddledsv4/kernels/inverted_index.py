@@ -41,8 +41,19 @@ def _invert(places, lists, counts, rows, g, b, slots, NEAR_SLOTS: tl.constexpr, 
 
 
 @triton.jit
+def _column(d, HELD: tl.constexpr):
+    """Which column stands at place d of a part. HELD: in the order of a matrix unit, where four lanes hold pairs of 32
+    columns in turn and each has written its own eight together."""
+    column = d
+    if HELD:
+        column = d // 32 * 32 + d % 8 // 2 * 8 + d % 32 // 8 * 2 + d % 2
+    return column
+
+
+@triton.jit
 def _add(parts, total, lists, counts, first, rows, slots, before, b, g, D, ratio, offset, WHICH: tl.constexpr,
-         WINDOW: tl.constexpr, NEAR_SLOTS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+         WINDOW: tl.constexpr, NEAR_SLOTS: tl.constexpr, HELD: tl.constexpr, STEP: tl.constexpr,
+         BLOCK: tl.constexpr):
     """Add to a row of ``total`` [.., b, D] the parts of its key. ``before``: keys of kv before the first query."""
     key, batch = tl.program_id(0), tl.program_id(1)
     d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -66,7 +77,7 @@ def _add(parts, total, lists, counts, first, rows, slots, before, b, g, D, ratio
         inside = (i[:, None] < high) & (d[None, :] < D)
         value += tl.load(parts + part[:, None].to(tl.int64) * D + d[None, :], inside, 0.0).to(tl.float32)
     if key >= 0 and low < high:
-        to = total + (key.to(tl.int64) * b + batch) * D + d
+        to = total + (key.to(tl.int64) * b + batch) * D + _column(d, HELD)
         tl.store(to, tl.load(to, d < D) + tl.sum(value, 0), d < D)
 
 
@@ -77,13 +88,13 @@ class KeyGradients:
     """The gradients of kv [n, b, D] and of the compressed entries [g, b, D], in float32 until they are complete.
 
     A query's parts stand in ``slots``: those of its window and then one per index or per entry, both rounded up to
-    whole tiles of ``tile``.
+    whole tiles of ``tile``. ``held``: their columns stand in the order of ``_column``.
     """
 
     def __init__(self, carrier: Carrier, query: T, kv: T, compressed: T | None, selected: T | None, window: int,
-                 ratio: int, offset: int, tile: int):
+                 ratio: int, offset: int, tile: int, held: bool = False):
         self.carrier, self.kv, self.compressed, self.selected = carrier, kv, compressed, selected
-        self.window, self.ratio, self.offset = window, ratio, offset
+        self.window, self.ratio, self.offset, self.held = window, ratio, offset, held
         self.s, self.b, _, self.d = query.shape
         self.groups = 0 if compressed is None else compressed.shape[0]
         self.near = triton.cdiv(window, tile) * tile
@@ -117,7 +128,7 @@ class KeyGradients:
         self.carrier.launch(
             _add, (keys, self.b, triton.cdiv(self.d, block)), parts, total, self.lists, self.counts, first, rows,
             self.slots, self.kv.shape[0] - self.s, self.b, self.groups, self.d, self.ratio, self.offset,
-            WHICH=which, WINDOW=self.window, NEAR_SLOTS=self.near, **ADD | {"BLOCK": block},
+            WHICH=which, WINDOW=self.window, NEAR_SLOTS=self.near, HELD=self.held, **ADD | {"BLOCK": block},
         )
 
     def results(self) -> tuple[T, T | None]:

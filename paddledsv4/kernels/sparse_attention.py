@@ -204,10 +204,9 @@ def backward(
     sizes, shape = _sizes(query, kv, compressed, selected), _shape(carrier, query, compressed, selected, window)
     inputs = query, kv, kv if compressed is None else compressed, kv if selected is None else selected
     if hopper := _for_hopper(carrier, query):
-        from paddledsv4.kernels.hopper_backward import PARTS
         from paddledsv4.kernels.hopper_backward import backward as kernel
 
-        meta = shape | HOPPER | {"num_warps": 8} | options
+        meta = shape | HOPPER | {"num_warps": 8, "PIECE": min(128, d // 2)} | options
     else:
         kernel = _backward
         meta = shape | _tiles(carrier, query) | {"CUT": 2 if d > 256 else 1, "num_stages": 1} | options
@@ -215,20 +214,18 @@ def backward(
     deltas, dsinks = (carrier.empty([s, b, heads], "float32", query) for _ in range(2))
     carrier.launch(_multiply, (s * b, triton.cdiv(heads, 8)), out, dout, lse, sink, deltas, dsinks, heads, d, BLOCK_H=8,
                    BLOCK_D=triton.next_power_of_2(d), num_warps=4)
-    keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset, meta["BLOCK_N"])
+    keys = KeyGradients(carrier, query, kv, compressed, selected, window, ratio, offset, meta["BLOCK_N"],
+                        held=hopper)
     chunk = max(PART_NUMBERS // (b * keys.slots * d), 1)
     step = multiprocessors() if hopper else 16  # all of them busy to the end; Triton compiles anew for odd numbers
     chunk = min(chunk if chunk < step else chunk // step * step, s)
-    parts = carrier.empty([chunk * b * keys.slots, d], carrier.dtype(query), query)
+    parts = carrier.empty([chunk, b, keys.slots, d], carrier.dtype(query), query)
     for first in range(0, s, chunk):
         rows = min(chunk, s - first)
         keys.index(first, rows)
         for first_head in range(0, heads, meta["BLOCK_H"]):
-            grid, where, what = (rows, b), parts, (first,)
-            if hopper:
-                grid, what = (min(rows * b, multiprocessors()),), (first, rows * b)
-                where = carrier.tiles(parts, [meta["BLOCK_N"], min(128, d // 2)], PARTS)
-            carrier.launch(kernel, grid, *inputs, lse, deltas, dout, dq, where, *what, first_head, *sizes, ratio, offset,
+            grid, what = ((min(rows * b, multiprocessors()),), (first, rows * b)) if hopper else ((rows, b), (first,))
+            carrier.launch(kernel, grid, *inputs, lse, deltas, dout, dq, parts, *what, first_head, *sizes, ratio, offset,
                            scale, keys.slots, **meta)
             keys.add(parts, first, rows)
     return dq, *keys.results(), column_sums(carrier, dsinks, s * b, sink.shape, carrier.dtype(sink))
