@@ -58,26 +58,27 @@ def _gather(q, kv, compressed, selected, lse, deltas, dout, queries, douts, keys
         norm = gl.load(lse + heads + head, head < H, float("inf"))  # no head: weights of zero
         delta = gl.load(deltas + heads + head, head < H, 0.0)
         entry = key_entries(selected, 0, row, far, batch, s, K, WINDOW, FAR, BLOCK_N, by_row)
+        pointers = key_pointers(kv, compressed, entry, 0, row, n, b, batch, s, D, WINDOW, BLOCK_N, by_row)
+        real = key_exists(entry, 0, row, n, s, WINDOW, BLOCK_N, by_row)
+        for half in gl.static_range(2):
+            mbarrier.wait(halves[half], (step + 1) % 2)
+            fetch(q + (heads + first_head) * D, queries.index(0).slice(half * HALF, HALF, 1), H - first_head,
+                  half * HALF, D)
+            fetch(dout + (heads + first_head) * D, douts.index(0).slice(half * HALF, HALF, 1), H - first_head,
+                  half * HALF, D)
+        lists.index(0).store(norm)
+        lists.index(1).store(delta)
+        lengths.index(0).store(gl.full([1], tiles, gl.int32, by_row))
+        mbarrier.wait(drained, (count + 1) % 2)
         for tile in range(tiles):
-            pointers = key_pointers(kv, compressed, entry, tile, row, n, b, batch, s, D, WINDOW, BLOCK_N, by_row)
-            real = key_exists(entry, tile, row, n, s, WINDOW, BLOCK_N, by_row)
+            entry = key_entries(selected, tile + 1, row, far, batch, s, K, WINDOW, FAR, BLOCK_N, by_row)
             mbarrier.wait(empty, (step + 1) % 2)
-            if tile == 0:
-                for half in gl.static_range(2):
-                    mbarrier.wait(halves[half], (step + 1) % 2)
-                    fetch(q + (heads + first_head) * D, queries.index(0).slice(half * HALF, HALF, 1), H - first_head,
-                          half * HALF, D)
-                    fetch(dout + (heads + first_head) * D, douts.index(0).slice(half * HALF, HALF, 1), H - first_head,
-                          half * HALF, D)
-                lists.index(0).store(norm)
-                lists.index(1).store(delta)
-                lengths.index(0).store(gl.full([1], tiles, gl.int32, by_row))
-                mbarrier.wait(drained, (count + 1) % 2)
             async_copy.async_copy_global_to_shared(keys.index(0), pointers[:, None] + d[None, :])
             async_copy.commit_group()
             exists.index(0).store(real.to(gl.int32))
-            entry = key_entries(selected, tile + 1, row, far, batch, s, K, WINDOW, FAR, BLOCK_N, by_row)
             announce(full, 0)
+            pointers = key_pointers(kv, compressed, entry, tile + 1, row, n, b, batch, s, D, WINDOW, BLOCK_N, by_row)
+            real = key_exists(entry, tile + 1, row, n, s, WINDOW, BLOCK_N, by_row)
             step += 1
         count += 1
 
