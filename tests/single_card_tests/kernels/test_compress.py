@@ -35,7 +35,8 @@ def test_it_is_the_definition(shape, dtype):
 
 
 def test_many_windows_to_a_program(monkeypatch):
-    monkeypatch.setattr(kernel, "PROGRAMS", (2, 2))
+    monkeypatch.setitem(kernel.FORWARD, "PROGRAMS", 2)
+    monkeypatch.setitem(kernel.BACKWARD, "PROGRAMS", 2)
     assert is_the_definition("compress", "plain", *inputs(30, 2, 8, 4, True))
 
 
