@@ -17,6 +17,7 @@ from paddledsv4.kernels.reduction import add_parts
 TERMS = 3  # bfloat16 numbers that make a float32 one
 FORWARD = {"TOKENS": 128, "BLOCK": 64, "STAGES": 3, "num_warps": 8}
 BACKWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
+HEAD_BACKWARD = {"TOKENS": 32, "BLOCK": 128, "STAGES": 3, "num_warps": 4}  # which reads two tiles more
 PROGRAMS = 256, 512  # at least so many programs, forward and backward, for few tokens
 
 
@@ -73,12 +74,19 @@ def _finish(parts, squares, proj, r, root, rows, K, M, eps, COUNT: tl.constexpr,
 
 
 @triton.jit
-def _factor(dr, r, root, factor, rows, K, TOKENS: tl.constexpr):
-    """The factor of x in dx: d root = -dr r^2, d x = x d root / (K root); none where x is zero."""
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+def _split_rows(d, dr, r, root, parts, factor, rows, M, K, TERMS: tl.constexpr, TOKENS: tl.constexpr,
+                MP: tl.constexpr):
+    """``_split`` of d [rows, M], and the factor of x in dx: d root = -dr r^2, d x = x d root / (K root); none where x
+    is zero."""
+    t, m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, MP)[None, :]
+    v = tl.load(d + t[:, None] * M + m, (t < rows)[:, None] & (m < M), 0.0).to(tl.float32)
     scale, size = tl.load(r + t, t < rows, 0.0), tl.load(root + t, t < rows, 0.0)
     droot = -tl.load(dr + t, t < rows, 0.0).to(tl.float32) * scale * scale
     tl.store(factor + t, tl.where(size > 0.0, droot / (K * tl.where(size > 0.0, size, 1.0)), 0.0), t < rows)
+    for k in tl.static_range(TERMS):
+        part = v.to(parts.dtype.element_ty)
+        tl.store(parts + (t[:, None] + k * rows) * MP + m, part, (t < rows)[:, None])
+        v -= part.to(tl.float32)
 
 
 @triton.jit
@@ -190,7 +198,7 @@ def _terms(carrier: Carrier, streams: T) -> int:
     return 1 if carrier.dtype(streams) == "float32" else TERMS
 
 
-def _parts_of(carrier: Carrier, x: T, streams: T, rows: int, columns: int) -> T:
+def parts_of(carrier: Carrier, x: T, streams: T, rows: int, columns: int) -> T:
     """x in the dtype of the streams, as [terms, rows, columns]."""
     terms = _terms(carrier, streams)
     parts = carrier.empty([terms, rows, columns], carrier.dtype(streams), streams)
@@ -215,7 +223,7 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, 
 
     parts, squares = empty(count, rows, columns), empty(count, rows)
     proj, r, root = empty(rows, columns), empty(rows, 1), empty(rows)
-    carrier.launch(_project, (blocks, count), streams, _parts_of(carrier, weight, streams, wide, width), parts,
+    carrier.launch(_project, (blocks, count), streams, parts_of(carrier, weight, streams, wide, width), parts,
                    squares, rows, width, columns, each, TERMS=_terms(carrier, streams), MP=wide, **tile)
     carrier.launch(_finish, (triton.cdiv(rows, 32),), parts, squares, proj, r, root, rows, width, columns, eps,
                    COUNT=count, TOKENS=32, MP=wide, num_warps=4)
@@ -224,26 +232,30 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, 
 
 def streams_backward(carrier: Carrier, d: T, factor: T, streams: T, weight: T, others: tuple[T, T, T] | None = None,
                      count: int = 1) -> tuple[T, T]:
-    """``_project_backward`` over ``count`` streams; ``others``, of the head: through, gate, dy -> dstreams, dweight."""
+    """``_project_backward`` over ``count`` streams, d [terms, rows, MP]; ``others``, of the head: through, gate, dy
+    -> dstreams, dweight."""
     (rows, width), (columns, _) = streams.shape, weight.shape
-    tile, blocks = BACKWARD, count * triton.cdiv(width // count, BACKWARD["BLOCK"])
+    tile = HEAD_BACKWARD if others else BACKWARD
+    blocks = count * triton.cdiv(width // count, tile["BLOCK"])
     splits = max(1, min(triton.cdiv(PROGRAMS[1], blocks), triton.cdiv(rows, 4 * tile["TOKENS"])))
     each = triton.cdiv(triton.cdiv(rows, splits), tile["TOKENS"]) * tile["TOKENS"]
-    dstreams, wide = carrier.empty(streams.shape, carrier.dtype(streams), streams), padded(columns)
+    dstreams = carrier.empty(streams.shape, carrier.dtype(streams), streams)
     parts = carrier.empty([triton.cdiv(rows, each), columns, width], "float32", streams)
-    carrier.launch(_project_backward, (blocks, parts.shape[0]), streams, weight,
-                   _parts_of(carrier, d, streams, rows, wide), factor, *(others or (factor, factor, factor)), dstreams,
-                   parts, rows, width // count, columns, each, HEAD=others is not None,
-                   TERMS=_terms(carrier, streams), MP=wide, **tile)
+    carrier.launch(_project_backward, (blocks, parts.shape[0]), streams, weight, d, factor,
+                   *(others or (factor, factor, factor)), dstreams, parts, rows, width // count, columns, each,
+                   HEAD=others is not None, TERMS=d.shape[0], MP=d.shape[2], **tile)
     return dstreams, add_parts(carrier, parts, [columns, width], carrier.dtype(weight))
 
 
 def project_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, r: T, root: T) -> tuple[T, T]:
     """dproj [rows, M], dr [rows, 1] -> dstreams in the dtype of the streams, dweight float32."""
-    rows, width = streams.shape
+    (rows, width), columns = streams.shape, weight.shape[0]
+    terms, wide = _terms(carrier, streams), padded(columns)
     factor = carrier.empty([rows], "float32", streams)
-    carrier.launch(_factor, (triton.cdiv(rows, 256),), dr, r, root, factor, rows, width, TOKENS=256, num_warps=4)
-    return streams_backward(carrier, dproj, factor, streams, weight)
+    d = carrier.empty([terms, rows, wide], carrier.dtype(streams), streams)
+    carrier.launch(_split_rows, (triton.cdiv(rows, 32),), dproj, dr, r, root, d, factor, rows, columns, width,
+                   TERMS=terms, TOKENS=32, MP=wide, num_warps=4)
+    return streams_backward(carrier, d, factor, streams, weight)
 
 
 def gates(carrier: Carrier, proj: T, r: T, alphas: tuple[T, T, T], bias: T, n: int, eps: float,
