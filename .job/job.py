@@ -4,12 +4,12 @@ START = time.time()
 sys.path.insert(0, os.getcwd())
 import torch
 from timing import marginal
-import proto, protof, protop, protos
+import proto, protof, protok, protop, protos
 import threading
 threading.Timer(60 if len(sys.argv) > 2 else 115, lambda: os._exit(3)).start()
 from benchmarks import kernels_mhc as fam
 from benchmarks import kernel_timing
-from paddledsv4.kernels import compress, hc_contract, hc_mapping, permute, reduction, rms_norm
+from paddledsv4.kernels import compress, hc_contract, hc_mapping, permute, reduction, rms_norm, sinkhorn
 
 LIMIT = 150
 WARM = len(sys.argv) > 2
@@ -96,6 +96,9 @@ add("connections", "hc_project 24 of 4 x 4096, {}, b", BOTH, "add 256 rows", att
 add("connections", "hc_project 24 of 4 x 4096, {}, f", BOTH, "last adds", attr(hc_mapping, project=protop.project), check=True)
 add("connections", "hc_project 24 of 4 x 4096, {}, f", BOTH, "last adds, 4 stages", attr(hc_mapping, project=protop.project), item(hc_mapping.FORWARD, STAGES=4))
 add("connections", "hc_project 24 of 4 x 4096, {}, f", BOTH, "last adds, 256 16 warps", attr(hc_mapping, project=protop.project), item(hc_mapping.FORWARD, TOKENS=256, num_warps=16))
+add("connections", "sinkhorn 20, {}, b", BOTH, "default")
+add("connections", "sinkhorn 20, {}, b", BOTH, "loops, factors in memory", attr(sinkhorn, backward=protok.backward), check=True)
+add("connections", "hc_gates", BOTH, "default")
 # pooling
 for F, w, S, P in ((4, 4, 1, 396), (4, 4, 3, 396), (4, 4, 2, 792), (4, 4, 1, 792), (2, 4, 2, 528), (2, 4, 3, 528), (2, 4, 2, 1056),
                    (4, 2, 2, 792), (4, 1, 2, 1024), (4, 1, 3, 1024), (4, 1, 1, 1584), (4, 8, 2, 264)):
