@@ -46,7 +46,7 @@ def _project(x, w, proj, squares, rows, K, M, each, TERMS: tl.constexpr, TOKENS:
         v = tl.load(x + at + (k + i)[None, :], (t < rows)[:, None] & inside[None, :], 0.0)
         part = tl.zeros([TOKENS, MP], tl.float32)
         for term in tl.static_range(TERMS):
-            u = tl.load(w + (term * MP + m)[None, :] * K + (k + i)[:, None], inside[:, None], 0.0)
+            u = tl.load(w + (term * MP + m)[None, :] * K + (k + i)[:, None], inside[:, None] & (m < M)[None, :], 0.0)
             part = tl.dot(v, u, part, input_precision="ieee")
         total += part
         v = v.to(tl.float32)
