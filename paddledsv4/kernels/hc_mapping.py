@@ -2,8 +2,9 @@
 
 The streams are bfloat16, the weight float32, and the product is to be as good as float32: the weight, and in backward
 the projections' gradient, are cut into three bfloat16 numbers each whose sum they are, so that every product on the
-tensor cores is exact. float32 streams are multiplied without them. A tensor core rounds toward zero as it adds, so that
-the error grows with the length of a sum: products are added there within a tile only, tiles in float32.
+tensor cores is exact. (Two for the gradient are faster, but dw is then off by 2.4e-6, three times that at most; with
+three by 1e-7.) float32 streams are multiplied without them. A tensor core rounds toward zero as it adds, so that the
+error grows with the length of a sum: products are added there within a tile only, tiles in float32.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import triton.language as tl
 from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.reduction import add_parts
 
-TERMS = 3  # bfloat16 numbers that make a float32 one
-FORWARD = {"TOKENS": 128, "BLOCK": 64, "STAGES": 3, "num_warps": 8}
+TERMS, GRADIENT_TERMS = 3, 3  # bfloat16 numbers for a float32 one, of the weight and of the projections' gradient
+FORWARD = {"TOKENS": 128, "BLOCK": 64, "STAGES": 4, "num_warps": 8}
 BACKWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
+HEAD_FORWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
 HEAD_BACKWARD = {"TOKENS": 32, "BLOCK": 128, "STAGES": 3, "num_warps": 4}  # which reads two tiles more
-PROGRAMS = 256, 512  # at least so many programs, forward and backward, for few tokens
+PROGRAMS = 256, 256  # at least so many programs, forward and backward, for few tokens
+GATES_BACKWARD = {"TOKENS": 32, "num_warps": 4}
+GATES_PROGRAMS, GATES_ROWS = 256, 64  # about so many programs, and how many of their parts are added at a time
 
 
 @triton.jit
@@ -46,7 +50,7 @@ def _project(x, w, proj, squares, rows, K, M, each, TERMS: tl.constexpr, TOKENS:
         v = tl.load(x + at + (k + i)[None, :], (t < rows)[:, None] & inside[None, :], 0.0)
         part = tl.zeros([TOKENS, MP], tl.float32)
         for term in tl.static_range(TERMS):
-            u = tl.load(w + (term * MP + m)[None, :] * K + (k + i)[:, None], inside[:, None] & (m < M)[None, :], 0.0)
+            u = tl.load(w + (term * MP + m)[None, :] * K + (k + i)[:, None], inside[:, None], 0.0)
             part = tl.dot(v, u, part, input_precision="ieee")
         total += part
         v = v.to(tl.float32)
@@ -194,13 +198,13 @@ def padded(count: int) -> int:
     return max(16, triton.next_power_of_2(count))
 
 
-def _terms(carrier: Carrier, streams: T) -> int:
-    return 1 if carrier.dtype(streams) == "float32" else TERMS
+def terms_of(carrier: Carrier, streams: T, terms: int) -> int:
+    """How many numbers in the dtype of the streams make one."""
+    return 1 if carrier.dtype(streams) == "float32" else terms
 
 
-def parts_of(carrier: Carrier, x: T, streams: T, rows: int, columns: int) -> T:
+def parts_of(carrier: Carrier, x: T, streams: T, terms: int, rows: int, columns: int) -> T:
     """x in the dtype of the streams, as [terms, rows, columns]."""
-    terms = _terms(carrier, streams)
     parts = carrier.empty([terms, rows, columns], carrier.dtype(streams), streams)
     block = min(1024, triton.next_power_of_2(columns))
     tile = max(1, 1024 // block)
@@ -209,11 +213,12 @@ def parts_of(carrier: Carrier, x: T, streams: T, rows: int, columns: int) -> T:
     return parts
 
 
-def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, T]:
+def project(carrier: Carrier, streams: T, weight: T, eps: float, tile: dict | None = None) -> tuple[T, T, T]:
     """streams [rows, K] contiguous, weight [M, K] float32 -> proj [rows, M], r [rows, 1] and, for ``backward``,
-    root [rows], all float32."""
+    root [rows], all float32. ``tile``: FORWARD unless given."""
     (rows, width), (columns, _) = streams.shape, weight.shape
-    tile, blocks = FORWARD, triton.cdiv(rows, FORWARD["TOKENS"])
+    tile, terms = tile or FORWARD, terms_of(carrier, streams, TERMS)
+    blocks = triton.cdiv(rows, tile["TOKENS"])
     splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS[0], blocks)), triton.cdiv(width, 1024))
     each = triton.cdiv(triton.cdiv(width, splits), tile["BLOCK"]) * tile["BLOCK"]
     count, wide = triton.cdiv(width, each), padded(columns)
@@ -223,8 +228,8 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, 
 
     parts, squares = empty(count, rows, columns), empty(count, rows)
     proj, r, root = empty(rows, columns), empty(rows, 1), empty(rows)
-    carrier.launch(_project, (blocks, count), streams, parts_of(carrier, weight, streams, wide, width), parts,
-                   squares, rows, width, columns, each, TERMS=_terms(carrier, streams), MP=wide, **tile)
+    carrier.launch(_project, (blocks, count), streams, parts_of(carrier, weight, streams, terms, wide, width), parts,
+                   squares, rows, width, columns, each, TERMS=terms, MP=wide, **tile)
     carrier.launch(_finish, (triton.cdiv(rows, 32),), parts, squares, proj, r, root, rows, width, columns, eps,
                    COUNT=count, TOKENS=32, MP=wide, num_warps=4)
     return proj, r, root
@@ -250,7 +255,7 @@ def streams_backward(carrier: Carrier, d: T, factor: T, streams: T, weight: T, o
 def project_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, r: T, root: T) -> tuple[T, T]:
     """dproj [rows, M], dr [rows, 1] -> dstreams in the dtype of the streams, dweight float32."""
     (rows, width), columns = streams.shape, weight.shape[0]
-    terms, wide = _terms(carrier, streams), padded(columns)
+    terms, wide = terms_of(carrier, streams, GRADIENT_TERMS), padded(columns)
     factor = carrier.empty([rows], "float32", streams)
     d = carrier.empty([terms, rows, wide], carrier.dtype(streams), streams)
     carrier.launch(_split_rows, (triton.cdiv(rows, 32),), dproj, dr, r, root, d, factor, rows, columns, width,
@@ -274,13 +279,14 @@ def gates_backward(carrier: Carrier, dh_pre: T, dh_post: T, dlogits: T, proj: T,
                    bias: T, n: int) -> tuple[T, T, list[T], T]:
     """Gradients of the three outputs -> dproj, dr, those of the alphas, dbias."""
     rows, columns = proj.shape
-    wide, each = padded(columns), 32 * triton.cdiv(rows, 32 * 256)
+    wide, tokens = padded(columns), GATES_BACKWARD["TOKENS"]
+    each = tokens * triton.cdiv(rows, tokens * GATES_PROGRAMS)
     count = triton.cdiv(rows, each)
     dproj, dr, dbias = (carrier.empty(x.shape, carrier.dtype(x), x) for x in (proj, r, bias))
     dalphas = [carrier.empty([1], carrier.dtype(a), a) for a in alphas]
     parts = carrier.empty([count, 2 * wide], "float32", proj)
     carrier.launch(_gates_backward, (count,), dh_pre, dh_post, dlogits, proj, r, *alphas, bias, dproj, dr, parts, rows,
-                   each, N=n, M=columns, MP=wide, TOKENS=32, num_warps=4)
-    carrier.launch(_gates_finish, (1,), parts, *dalphas, dbias, count, N=n, M=columns, MP=wide, ROWS=64,
+                   each, N=n, M=columns, MP=wide, **GATES_BACKWARD)
+    carrier.launch(_gates_finish, (1,), parts, *dalphas, dbias, count, N=n, M=columns, MP=wide, ROWS=GATES_ROWS,
                    num_warps=4)
     return dproj, dr, dalphas, dbias

@@ -15,7 +15,7 @@ import triton.language as tl
 from paddledsv4.kernels.carrier import Carrier, T
 
 TOKENS = 16  # of the routing map that a program looks at
-COLUMNS, BLOCKS = 8, 1024  # experts and blocks of tokens that a program of the index looks at
+COLUMNS, BLOCKS = 8, 256  # experts and blocks of tokens that a program of the index looks at
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _gather(rows, starts, lists, out, C, BLOCK: tl.constexpr):
 
 
 def _map_tile(experts: int) -> dict[str, int]:
-    return {"TOKENS": TOKENS, "EXPERTS": triton.next_power_of_2(experts), "num_warps": 8}
+    return {"TOKENS": TOKENS, "EXPERTS": triton.next_power_of_2(experts), "num_warps": 4}
 
 
 def _row_tile(width: int) -> dict[str, int]:
