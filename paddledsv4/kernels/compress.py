@@ -74,6 +74,7 @@ def _forward(kv, score, ape, out, groups, tokens, batches, D, RATIO: tl.constexp
 @triton.jit
 def _load(dout, kv, score, g, c, token, inner, exists, last, tokens, batches, D, RATIO: tl.constexpr,
           OVERLAP: tl.constexpr):
+    """Gradients of the entries, scores and features of windows g."""
     at, _, pooled = _lie(g, token, inner, exists, last, tokens, batches, D, RATIO, OVERLAP)
     dy = tl.load(dout + (g.to(tl.int64) * batches + tl.program_id(2)) * D + c, (c < D) & (g < last), 0.0)
     return dy, tl.load(score + at, pooled, 0.0), tl.load(kv + at, pooled, 0.0)
@@ -82,8 +83,8 @@ def _load(dout, kv, score, g, c, token, inner, exists, last, tokens, batches, D,
 @triton.jit
 def _backward(dout, kv, score, ape, dkv, dscore, parts, groups, tokens, batches, D, each, RATIO: tl.constexpr,
               OVERLAP: tl.constexpr, W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr):
-    """``each`` windows of one batch entry, and their part of dape. Windows are loaded while those before them are
-    computed, into registers: for shared memory the warps would wait for each other."""
+    """``each`` windows of one batch entry, and their part of dape. Windows are loaded into registers while those before
+    them are computed: with shared memory in between the warps would wait for each other."""
     c, token, inner, position, exists, shift = _places(ape, D, batches, G, RATIO, OVERLAP, W, BLOCK, FEATURES)
     part = tl.zeros([G, W, BLOCK], tl.float32)
     first = tl.program_id(0) * each
@@ -111,8 +112,7 @@ def _plan(ratio: int, overlap: bool, width: int, small: dict, large: dict) -> tu
     plan = small if window <= 16 else large
     block = min(triton.next_power_of_2(width), plan.get("BLOCK", 32 * plan["FEATURES"]))
     tile = {"RATIO": ratio, "OVERLAP": overlap, "W": window, "G": plan["WARPS"] if window <= 16 else 1, "BLOCK": block,
-            "FEATURES": plan["FEATURES"], "num_warps": plan["WARPS"],
-            "maxnreg": plan.get("REGISTERS")}
+            "FEATURES": plan["FEATURES"], "num_warps": plan["WARPS"], "maxnreg": plan.get("REGISTERS")}
     return tile, plan.get("PROGRAMS", 0)
 
 
