@@ -3,8 +3,8 @@
 The streams are bfloat16, the weight float32, and the product is to be as good as float32: the weight, and in backward
 the projections' gradient, are cut into three bfloat16 numbers each whose sum they are, so that every product on the
 tensor cores is exact. (Two for the gradient are faster, but each number is then off by up to 2^-17 of itself, and dw by
-2.4e-6 instead of 4e-8.) float32 streams are multiplied without them. A tensor core rounds toward zero as it adds, so that the
-error grows with the length of a sum: products are added there within a tile only, tiles in float32.
+2.4e-6 instead of 4e-8.) float32 streams are multiplied without them. A tensor core rounds toward zero as it adds, so
+that the error grows with the length of a sum: products are added there within a tile only, tiles in float32.
 """
 
 from __future__ import annotations
