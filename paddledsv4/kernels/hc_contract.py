@@ -1,8 +1,9 @@
 """The contraction head of a hyper-connection: a gated sum of the streams. Spec section 4.5.
 
 gate = sigmoid(p q scale + base) + eps with p = x fn^T and q = rsqrt(mean(x^2) + eps): the mapping's projection, then
-the aggregate. So the streams are read twice; a kernel that took its tokens from the L2 cache the second time was
-slower, since it read fn for every few tokens.
+the aggregate. So the streams are read twice, which bounds forward by 56 % of a copy's rate and backward by 72 %.
+Kernels that took their tokens from the L2 cache the second time were no faster: one read fn for every few tokens, in
+one the programs of the second half waited for those of the first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ import triton
 import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
-from paddledsv4.kernels.hc_mapping import project, streams_backward
+from paddledsv4.kernels.hc_mapping import (
+    GRADIENT_TERMS,
+    HEAD_FORWARD,
+    padded,
+    parts_of,
+    project,
+    streams_backward,
+    terms_of,
+)
 from paddledsv4.kernels.hc_mix import aggregate
 from paddledsv4.kernels.reduction import add_parts
 
@@ -64,7 +73,7 @@ def forward(carrier: Carrier, streams: T, fn: T, base: T, scale: T, eps: float) 
     """streams [rows, n*C] contiguous, fn [n, n*C], base [n], scale [1] in float32, n a power of two
     -> hidden [rows, C] and, for ``backward``, gate and p [rows, n], q [rows]."""
     rows, n = streams.shape[0], fn.shape[0]
-    p, _, root = project(carrier, streams, fn, eps)
+    p, _, root = project(carrier, streams, fn, eps, HEAD_FORWARD)
     gate, q = carrier.empty([rows, n], "float32", streams), carrier.empty([rows], "float32", streams)
     carrier.launch(_gate, (triton.cdiv(rows, 128),), p, root, base, scale, gate, q, rows, eps, N=n, TOKENS=128,
                    num_warps=4)
@@ -80,7 +89,8 @@ def backward(carrier: Carrier, dy: T, through: T, streams: T, fn: T, base: T, sc
     dp, factor, parts = (carrier.empty(shape, "float32", streams) for shape in ([rows, n], [rows], [count, 2 * n]))
     carrier.launch(_gate_backward, (count,), dy, streams, scale, gate, p, q, dp, factor, parts, rows, width // n, eps,
                    each, N=n, BLOCK=1024, num_warps=4)
-    dstreams, dfn = streams_backward(carrier, dp, factor, streams, fn, (through, gate, dy), count=n)
+    d = parts_of(carrier, dp, streams, terms_of(carrier, streams, GRADIENT_TERMS), rows, padded(n))
+    dstreams, dfn = streams_backward(carrier, d, factor, streams, fn, (through, gate, dy), count=n)
     dbase, dscale = (carrier.empty(x.shape, carrier.dtype(x), x) for x in (base, scale))
     total = add_parts(carrier, parts, [2 * n], "float32")
     carrier.launch(_gate_finish, (1,), total, dbase, dscale, N=n, num_warps=1)

@@ -2,8 +2,9 @@
 
 The streams are bfloat16, the weight float32, and the product is to be as good as float32: the weight, and in backward
 the projections' gradient, are cut into three bfloat16 numbers each whose sum they are, so that every product on the
-tensor cores is exact. float32 streams are multiplied without them. A tensor core rounds toward zero as it adds, so that
-the error grows with the length of a sum: products are added there within a tile only, tiles in float32.
+tensor cores is exact. (Two for the gradient are faster, but each number is then off by up to 2^-17 of itself, and dw by
+2.4e-6 instead of 4e-8.) float32 streams are multiplied without them. A tensor core rounds toward zero as it adds, so
+that the error grows with the length of a sum: products are added there within a tile only, tiles in float32.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import triton.language as tl
 from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.reduction import add_parts
 
-TERMS = 3  # bfloat16 numbers that make a float32 one
-FORWARD = {"TOKENS": 128, "BLOCK": 64, "STAGES": 3, "num_warps": 8}
+TERMS, GRADIENT_TERMS = 3, 3  # bfloat16 numbers for a float32 one, of the weight and of the projections' gradient
+FORWARD = {"TOKENS": 128, "BLOCK": 64, "STAGES": 4, "num_warps": 8}
 BACKWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
-PROGRAMS = 256, 512  # at least so many programs, forward and backward, for few tokens
+HEAD_FORWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
+HEAD_BACKWARD = {"TOKENS": 32, "BLOCK": 128, "STAGES": 3, "num_warps": 4}  # which reads two tiles more
+PROGRAMS = 256, 256  # at least so many programs, forward and backward, for few tokens
+GATES_BACKWARD = {"TOKENS": 32, "num_warps": 4}
+GATES_PROGRAMS, GATES_ROWS = 256, 64  # about so many programs, and how many of their parts are added at a time
 
 
 @triton.jit
@@ -73,12 +78,19 @@ def _finish(parts, squares, proj, r, root, rows, K, M, eps, COUNT: tl.constexpr,
 
 
 @triton.jit
-def _factor(dr, r, root, factor, rows, K, TOKENS: tl.constexpr):
-    """The factor of x in dx: d root = -dr r^2, d x = x d root / (K root); none where x is zero."""
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+def _split_rows(d, dr, r, root, parts, factor, rows, M, K, TERMS: tl.constexpr, TOKENS: tl.constexpr,
+                MP: tl.constexpr):
+    """``_split`` of d [rows, M], and the factor of x in dx: d root = -dr r^2, d x = x d root / (K root); none where x
+    is zero."""
+    t, m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, MP)[None, :]
+    v = tl.load(d + t[:, None] * M + m, (t < rows)[:, None] & (m < M), 0.0).to(tl.float32)
     scale, size = tl.load(r + t, t < rows, 0.0), tl.load(root + t, t < rows, 0.0)
     droot = -tl.load(dr + t, t < rows, 0.0).to(tl.float32) * scale * scale
     tl.store(factor + t, tl.where(size > 0.0, droot / (K * tl.where(size > 0.0, size, 1.0)), 0.0), t < rows)
+    for k in tl.static_range(TERMS):
+        part = v.to(parts.dtype.element_ty)
+        tl.store(parts + (t[:, None] + k * rows) * MP + m, part, (t < rows)[:, None])
+        v -= part.to(tl.float32)
 
 
 @triton.jit
@@ -186,13 +198,13 @@ def padded(count: int) -> int:
     return max(16, triton.next_power_of_2(count))
 
 
-def _terms(carrier: Carrier, streams: T) -> int:
-    return 1 if carrier.dtype(streams) == "float32" else TERMS
+def terms_of(carrier: Carrier, streams: T, terms: int) -> int:
+    """How many numbers in the dtype of the streams make one."""
+    return 1 if carrier.dtype(streams) == "float32" else terms
 
 
-def _parts_of(carrier: Carrier, x: T, streams: T, rows: int, columns: int) -> T:
+def parts_of(carrier: Carrier, x: T, streams: T, terms: int, rows: int, columns: int) -> T:
     """x in the dtype of the streams, as [terms, rows, columns]."""
-    terms = _terms(carrier, streams)
     parts = carrier.empty([terms, rows, columns], carrier.dtype(streams), streams)
     block = min(1024, triton.next_power_of_2(columns))
     tile = max(1, 1024 // block)
@@ -201,11 +213,12 @@ def _parts_of(carrier: Carrier, x: T, streams: T, rows: int, columns: int) -> T:
     return parts
 
 
-def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, T]:
+def project(carrier: Carrier, streams: T, weight: T, eps: float, tile: dict | None = None) -> tuple[T, T, T]:
     """streams [rows, K] contiguous, weight [M, K] float32 -> proj [rows, M], r [rows, 1] and, for ``backward``,
-    root [rows], all float32."""
+    root [rows], all float32. ``tile``: FORWARD unless given."""
     (rows, width), (columns, _) = streams.shape, weight.shape
-    tile, blocks = FORWARD, triton.cdiv(rows, FORWARD["TOKENS"])
+    tile, terms = tile or FORWARD, terms_of(carrier, streams, TERMS)
+    blocks = triton.cdiv(rows, tile["TOKENS"])
     splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS[0], blocks)), triton.cdiv(width, 1024))
     each = triton.cdiv(triton.cdiv(width, splits), tile["BLOCK"]) * tile["BLOCK"]
     count, wide = triton.cdiv(width, each), padded(columns)
@@ -215,8 +228,8 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, 
 
     parts, squares = empty(count, rows, columns), empty(count, rows)
     proj, r, root = empty(rows, columns), empty(rows, 1), empty(rows)
-    carrier.launch(_project, (blocks, count), streams, _parts_of(carrier, weight, streams, wide, width), parts,
-                   squares, rows, width, columns, each, TERMS=_terms(carrier, streams), MP=wide, **tile)
+    carrier.launch(_project, (blocks, count), streams, parts_of(carrier, weight, streams, terms, wide, width), parts,
+                   squares, rows, width, columns, each, TERMS=terms, MP=wide, **tile)
     carrier.launch(_finish, (triton.cdiv(rows, 32),), parts, squares, proj, r, root, rows, width, columns, eps,
                    COUNT=count, TOKENS=32, MP=wide, num_warps=4)
     return proj, r, root
@@ -224,26 +237,30 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float) -> tuple[T, T, 
 
 def streams_backward(carrier: Carrier, d: T, factor: T, streams: T, weight: T, others: tuple[T, T, T] | None = None,
                      count: int = 1) -> tuple[T, T]:
-    """``_project_backward`` over ``count`` streams; ``others``, of the head: through, gate, dy -> dstreams, dweight."""
+    """``_project_backward`` over ``count`` streams, d [terms, rows, MP]; ``others``, of the head: through, gate, dy
+    -> dstreams, dweight."""
     (rows, width), (columns, _) = streams.shape, weight.shape
-    tile, blocks = BACKWARD, count * triton.cdiv(width // count, BACKWARD["BLOCK"])
+    tile = HEAD_BACKWARD if others else BACKWARD
+    blocks = count * triton.cdiv(width // count, tile["BLOCK"])
     splits = max(1, min(triton.cdiv(PROGRAMS[1], blocks), triton.cdiv(rows, 4 * tile["TOKENS"])))
     each = triton.cdiv(triton.cdiv(rows, splits), tile["TOKENS"]) * tile["TOKENS"]
-    dstreams, wide = carrier.empty(streams.shape, carrier.dtype(streams), streams), padded(columns)
+    dstreams = carrier.empty(streams.shape, carrier.dtype(streams), streams)
     parts = carrier.empty([triton.cdiv(rows, each), columns, width], "float32", streams)
-    carrier.launch(_project_backward, (blocks, parts.shape[0]), streams, weight,
-                   _parts_of(carrier, d, streams, rows, wide), factor, *(others or (factor, factor, factor)), dstreams,
-                   parts, rows, width // count, columns, each, HEAD=others is not None,
-                   TERMS=_terms(carrier, streams), MP=wide, **tile)
+    carrier.launch(_project_backward, (blocks, parts.shape[0]), streams, weight, d, factor,
+                   *(others or (factor, factor, factor)), dstreams, parts, rows, width // count, columns, each,
+                   HEAD=others is not None, TERMS=d.shape[0], MP=d.shape[2], **tile)
     return dstreams, add_parts(carrier, parts, [columns, width], carrier.dtype(weight))
 
 
 def project_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, r: T, root: T) -> tuple[T, T]:
     """dproj [rows, M], dr [rows, 1] -> dstreams in the dtype of the streams, dweight float32."""
-    rows, width = streams.shape
+    (rows, width), columns = streams.shape, weight.shape[0]
+    terms, wide = terms_of(carrier, streams, GRADIENT_TERMS), padded(columns)
     factor = carrier.empty([rows], "float32", streams)
-    carrier.launch(_factor, (triton.cdiv(rows, 256),), dr, r, root, factor, rows, width, TOKENS=256, num_warps=4)
-    return streams_backward(carrier, dproj, factor, streams, weight)
+    d = carrier.empty([terms, rows, wide], carrier.dtype(streams), streams)
+    carrier.launch(_split_rows, (triton.cdiv(rows, 32),), dproj, dr, r, root, d, factor, rows, columns, width,
+                   TERMS=terms, TOKENS=32, MP=wide, num_warps=4)
+    return streams_backward(carrier, d, factor, streams, weight)
 
 
 def gates(carrier: Carrier, proj: T, r: T, alphas: tuple[T, T, T], bias: T, n: int, eps: float,
@@ -262,13 +279,14 @@ def gates_backward(carrier: Carrier, dh_pre: T, dh_post: T, dlogits: T, proj: T,
                    bias: T, n: int) -> tuple[T, T, list[T], T]:
     """Gradients of the three outputs -> dproj, dr, those of the alphas, dbias."""
     rows, columns = proj.shape
-    wide, each = padded(columns), 32 * triton.cdiv(rows, 32 * 256)
+    wide, tokens = padded(columns), GATES_BACKWARD["TOKENS"]
+    each = tokens * triton.cdiv(rows, tokens * GATES_PROGRAMS)
     count = triton.cdiv(rows, each)
     dproj, dr, dbias = (carrier.empty(x.shape, carrier.dtype(x), x) for x in (proj, r, bias))
     dalphas = [carrier.empty([1], carrier.dtype(a), a) for a in alphas]
     parts = carrier.empty([count, 2 * wide], "float32", proj)
     carrier.launch(_gates_backward, (count,), dh_pre, dh_post, dlogits, proj, r, *alphas, bias, dproj, dr, parts, rows,
-                   each, N=n, M=columns, MP=wide, TOKENS=32, num_warps=4)
-    carrier.launch(_gates_finish, (1,), parts, *dalphas, dbias, count, N=n, M=columns, MP=wide, ROWS=64,
+                   each, N=n, M=columns, MP=wide, **GATES_BACKWARD)
+    carrier.launch(_gates_finish, (1,), parts, *dalphas, dbias, count, N=n, M=columns, MP=wide, ROWS=GATES_ROWS,
                    num_warps=4)
     return dproj, dr, dalphas, dbias

@@ -15,18 +15,25 @@ import triton.language as tl
 from paddledsv4.kernels.carrier import Carrier, T
 
 TOKENS = 16  # of the routing map that a program looks at
+COLUMNS, BLOCKS = 8, 256  # experts and blocks of tokens that a program of the index looks at
 
 
 @triton.jit
-def _count_map(routing, by_expert, totals, by_token, tokens, experts, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Assignments: by_expert [experts, blocks of tokens], totals [experts] (zero before), by_token [tokens]."""
+def _chosen(routing, t, e, tokens, experts):
+    """Tiles [EXPERTS, TOKENS] of the map: what is inside, where it lies, and 1 where a token has the expert. A thread
+    has one expert and all tokens (the contiguity that is given away sees to it), so that it adds over them alone."""
+    inside = (e < experts)[:, None] & (t < tokens)[None, :]
+    at = t.to(tl.int64)[None, :] * experts + e[:, None]
+    return inside, at, tl.load(tl.max_contiguous(routing + at, [1, 1]), inside, 0).to(tl.int32)
+
+
+@triton.jit
+def _count_map(routing, counts, totals, tokens, experts, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Assignments of a block of tokens: counts [blocks, experts], totals [blocks]."""
     t, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
-    inside = (t < tokens)[:, None] & (e < experts)[None, :]
-    chosen = tl.load(routing + t.to(tl.int64)[:, None] * experts + e[None, :], inside, 0).to(tl.int32)
-    count = tl.sum(chosen, 0)
-    tl.store(by_expert + e * tl.num_programs(0) + tl.program_id(0), count, e < experts)
-    tl.atomic_add(totals + e, count, e < experts, sem="relaxed")
-    tl.store(by_token + t, tl.sum(chosen, 1), t < tokens)
+    count = tl.sum(_chosen(routing, t, e, tokens, experts)[2], 1)
+    tl.store(counts + tl.program_id(0) * experts + e, count, e < experts)
+    tl.store(totals + tl.program_id(0), tl.sum(count, 0))
 
 
 @triton.jit
@@ -47,42 +54,60 @@ def _start_tokens(counts, starts, tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _start_all(by_expert, totals, expert_starts, blocks, by_token, token_starts, tokens, experts,
-               EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for the starts of every expert, and one for those of the tokens."""
-    expert, e = tl.program_id(0), tl.arange(0, EXPERTS)
-    if expert < experts:
-        before = tl.sum(tl.load(totals + e, e < expert, 0), 0)
-        _start(by_expert + expert * blocks, expert_starts + expert * blocks, blocks, before, BLOCK)
+def _add_before(counts, starts, size, columns, c, BLOCK: tl.constexpr):
+    """starts [size, columns]: the sum of the earlier rows of counts, columns c. Gives the sum of all rows."""
+    before = tl.zeros(c.shape, tl.int32)
+    for first in range(0, size, BLOCK):
+        i = first + tl.arange(0, BLOCK)[:, None]
+        at, inside = i * columns + c[None, :], (i < size) & (c < columns)[None, :]
+        count = tl.load(counts + at, inside, 0)
+        tl.store(starts + at, before[None, :] + tl.cumsum(count, 0) - count, inside)
+        before += tl.sum(count, 0)
+    return before
+
+
+@triton.jit
+def _start_blocks(counts, starts, by_expert, totals, block_starts, blocks, experts, COLUMNS: tl.constexpr,
+                  BLOCK: tl.constexpr):
+    """Where a block's rows start within each expert's, and within all by token. by_expert: how many an expert has."""
+    c = tl.arange(0, COLUMNS)
+    if tl.program_id(0) < tl.num_programs(0) - 1:
+        c += tl.program_id(0) * COLUMNS
+        tl.store(by_expert + c, _add_before(counts, starts, blocks, experts, c, BLOCK), c < experts)
     else:
-        _start_tokens(by_token, token_starts, tokens, BLOCK)
+        _add_before(totals, block_starts, blocks, 1, c, BLOCK)
 
 
 @triton.jit
-def _assign(routing, probs, expert_starts, token_starts, flat, token, lists, tokens, experts,
+def _assign(routing, probs, starts, by_expert, block_starts, flat, token, token_starts, lists, tokens, experts,
             TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Row numbers of all assignments: by experts, then by tokens. Their probabilities, tokens and lists."""
+    """Row numbers of all assignments: by experts, then by tokens. Their probabilities, tokens and lists. ``starts``
+    become those of the rows."""
     t, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
-    inside = (t < tokens)[:, None] & (e < experts)[None, :]
-    at = t.to(tl.int64)[:, None] * experts + e[None, :]
-    chosen = tl.load(routing + at, inside, 0).to(tl.int32)
+    inside, at, chosen = _chosen(routing, t, e, tokens, experts)
     here = inside & (chosen != 0)
-    first = tl.load(expert_starts + e * tl.num_programs(0) + tl.program_id(0), e < experts, 0)
-    row = first[None, :] + tl.cumsum(chosen, 0) - chosen
-    tl.store(token + row, tl.broadcast_to(t[:, None], [TOKENS, EXPERTS]).to(token.dtype.element_ty), here)
-    tl.store(flat + row, tl.load(probs + at, here, 0.0), here)
-    place = tl.load(token_starts + t, t < tokens, 0)[:, None] + tl.cumsum(chosen, 1) - chosen
-    tl.store(lists + place, row, here)
+    of_expert, mine = tl.load(by_expert + e, e < experts, 0), starts + tl.program_id(0) * experts + e
+    first = tl.load(mine, e < experts, 0) + tl.cumsum(of_expert, 0) - of_expert
+    tl.store(mine, first, e < experts)
+    row = first[:, None] + tl.cumsum(chosen, 1) - chosen
+    tl.store(token + row, tl.broadcast_to(t[None, :], [EXPERTS, TOKENS]).to(token.dtype.element_ty), here)
+    tl.store(flat + row, tl.load(tl.max_contiguous(probs + at, [1, 1]), here, 0.0), here)
+    along = tl.load(routing + t.to(tl.int64)[:, None] * experts + e[None, :],
+                    (t < tokens)[:, None] & (e < experts)[None, :], 0).to(tl.int32)
+    count = tl.sum(along, 1)
+    begin = tl.load(block_starts + tl.program_id(0)) + tl.cumsum(count, 0) - count
+    tl.store(token_starts + t, begin, t < tokens)
+    tl.store(token_starts + tokens, tl.max(begin + count, 0), tl.program_id(0) == tl.num_programs(0) - 1)
+    tl.store(lists + tl.trans(begin[:, None] + tl.cumsum(along, 1) - along), row, here)
 
 
 @triton.jit
-def _dprobs(dflat, routing, expert_starts, dprobs, tokens, experts, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+def _dprobs(dflat, routing, starts, dprobs, tokens, experts, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+    """The row of every assignment once more, and its gradient; zeros elsewhere."""
     t, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
-    inside = (t < tokens)[:, None] & (e < experts)[None, :]
-    at = t.to(tl.int64)[:, None] * experts + e[None, :]
-    chosen = tl.load(routing + at, inside, 0).to(tl.int32)
-    first = tl.load(expert_starts + e * tl.num_programs(0) + tl.program_id(0), e < experts, 0)
-    row = first[None, :] + tl.cumsum(chosen, 0) - chosen
+    inside, at, chosen = _chosen(routing, t, e, tokens, experts)
+    first = tl.load(starts + tl.program_id(0) * experts + e, e < experts, 0)
+    row = first[:, None] + tl.cumsum(chosen, 1) - chosen
     tl.store(dprobs + at, tl.load(dflat + row, inside & (chosen != 0), 0.0), inside)
 
 
@@ -134,7 +159,7 @@ def _gather(rows, starts, lists, out, C, BLOCK: tl.constexpr):
 
 
 def _map_tile(experts: int) -> dict[str, int]:
-    return {"TOKENS": TOKENS, "EXPERTS": triton.next_power_of_2(experts), "num_warps": 8}
+    return {"TOKENS": TOKENS, "EXPERTS": triton.next_power_of_2(experts), "num_warps": 4}
 
 
 def _row_tile(width: int) -> dict[str, int]:
@@ -149,15 +174,16 @@ def assign(carrier: Carrier, probs: T, routing_map: T, rows: int) -> tuple[T, T,
     def empty(shape, dtype="int32"):
         return carrier.empty(shape, dtype, probs)
 
-    by_expert, by_token, totals = empty([experts * blocks]), empty([tokens]), carrier.zeros([experts], "int32", probs)
-    expert_starts, starts, lists = empty([experts * blocks]), empty([tokens + 1]), empty([rows])
+    counts, totals, by_expert = empty([blocks, experts]), empty([blocks]), empty([experts])
+    block_starts, starts = empty([blocks]), empty([blocks, experts])
     flat, token, tile = empty([rows], carrier.dtype(probs)), empty([rows], "int64"), _map_tile(experts)
-    carrier.launch(_count_map, (blocks,), routing_map, by_expert, totals, by_token, tokens, experts, **tile)
-    carrier.launch(_start_all, (experts + 1,), by_expert, totals, expert_starts, blocks, by_token, starts, tokens,
-                   experts, EXPERTS=tile["EXPERTS"], BLOCK=4096, num_warps=8)
-    carrier.launch(_assign, (blocks,), routing_map, probs, expert_starts, starts, flat, token, lists, tokens, experts,
-                   **tile)
-    return flat, token, starts, lists, expert_starts
+    token_starts, lists = empty([tokens + 1]), empty([rows])
+    carrier.launch(_count_map, (blocks,), routing_map, counts, totals, tokens, experts, **tile)
+    carrier.launch(_start_blocks, (triton.cdiv(experts, COLUMNS) + 1,), counts, starts, by_expert, totals,
+                   block_starts, blocks, experts, COLUMNS=COLUMNS, BLOCK=BLOCKS, num_warps=8)
+    carrier.launch(_assign, (blocks,), routing_map, probs, starts, by_expert, block_starts, flat, token, token_starts,
+                   lists, tokens, experts, **tile)
+    return flat, token, token_starts, lists, starts
 
 
 def probs_backward(carrier: Carrier, dflat: T, routing_map: T, expert_starts: T) -> T:

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
 
+ROWS = 64  # parts that are loaded at a time
+
 
 @triton.jit
 def _add_parts(parts, total, count, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -26,7 +28,7 @@ def add_parts(carrier: Carrier, parts: T, shape: list[int], dtype: str) -> T:
     """parts [count, ...] in float32 -> their sum, of ``shape`` and ``dtype``."""
     count, size = parts.shape[0], math.prod(shape)
     total = carrier.empty(shape, dtype, parts)
-    rows = min(64, triton.next_power_of_2(count))
+    rows = min(ROWS, triton.next_power_of_2(count))
     block = 4096 // rows if size > 4096 * 64 else max(32, 1024 // rows)
     carrier.launch(_add_parts, (triton.cdiv(size, block),), parts, total, count, size,
                    ROWS=rows, BLOCK=block, num_warps=4)

@@ -19,9 +19,11 @@ def _forward(x, w, y, rows, L, eps, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BL
     inside = (row < rows)[:, None] & (i < L)[None, :]
     at = row[:, None] * L + i[None, :]
     v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    if WEIGHT:  # loaded before the sum, whose barrier it would wait for
+        weight = tl.load(w + i, i < L, 0.0).to(tl.float32)[None, :]
     v *= tl.rsqrt(tl.sum(v * v, 1) / L + eps)[:, None]
     if WEIGHT:
-        v *= tl.load(w + i, i < L, 0.0).to(tl.float32)[None, :]
+        v *= weight
     tl.store(y + at, v.to(y.dtype.element_ty), inside)
 
 

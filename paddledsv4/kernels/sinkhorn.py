@@ -36,29 +36,42 @@ def _forward(logits, out, tokens, eps, ITERATIONS: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
-def _backward(dout, logits, dlogits, tokens, eps, ITERATIONS: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr):
-    """The gradient of m f, f one over the sums of m along an axis: (g - sum(g m f)) f."""
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
-    at = t * (N * N) + tl.arange(0, N)[None, :, None] * N + tl.arange(0, N)[None, None, :]
+def _backward(dout, logits, dlogits, kept, tokens, eps, ITERATIONS: tl.constexpr, N: tl.constexpr,
+              TOKENS: tl.constexpr):
+    """The gradient of m f, f one over the sums of m along an axis: (g - sum(g m f)) f.
+
+    ``kept`` [programs, ITERATIONS - 1, 2N, TOKENS]: f of rows and of columns, which a thread writes for itself and, on
+    the way back, loads an iteration early. Loops are not unrolled: their code would take longer to arrive than to run.
+    """
+    lane, n = tl.arange(0, TOKENS)[:, None, None], tl.arange(0, N)
+    t = tl.program_id(0) * TOKENS + lane
+    at = t * (N * N) + n[None, :, None] * N + n[None, None, :]
     inside = t < tokens
     p = _softmax(logits, at, inside, eps)
     m = p + eps
     first = 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
     m *= first
-    factors = ()
-    for _ in tl.static_range(ITERATIONS - 1):
+    STEP: tl.constexpr = 2 * N * TOKENS
+    start = tl.program_id(0) * (ITERATIONS - 1) * STEP + lane
+    of_row, of_column = start + n[None, :, None] * TOKENS, start + (N + n[None, None, :]) * TOKENS
+    rows, columns = tl.sum(m, 2, keep_dims=True), tl.sum(m, 1, keep_dims=True)
+    for k in tl.range(ITERATIONS - 1, loop_unroll_factor=1):
         rows = 1.0 / (tl.sum(m, 2, keep_dims=True) + eps)
         m *= rows
         columns = 1.0 / (tl.sum(m, 1, keep_dims=True) + eps)
         m *= columns
-        factors = factors + (rows, columns)
+        tl.store(tl.max_contiguous(kept + (of_row + k * STEP), [1, 1, 1]), rows)
+        tl.store(tl.max_contiguous(kept + (of_column + k * STEP), [1, 1, 1]), columns)
     g = tl.load(dout + at, inside, 0.0).to(tl.float32)
-    for k in tl.static_range(ITERATIONS - 1):
-        rows, columns = factors[2 * (ITERATIONS - 2 - k)], factors[2 * (ITERATIONS - 2 - k) + 1]
+    for k in tl.range(ITERATIONS - 1, loop_unroll_factor=1):
+        left, more = ITERATIONS - 3 - k, k < ITERATIONS - 2
+        next_rows = tl.load(tl.max_contiguous(kept + (of_row + left * STEP), [1, 1, 1]), more, 1.0)
+        next_columns = tl.load(tl.max_contiguous(kept + (of_column + left * STEP), [1, 1, 1]), more, 1.0)
         g = (g - tl.sum(g * m, 1, keep_dims=True)) * columns
         m *= 1.0 / columns
         g = (g - tl.sum(g * m, 2, keep_dims=True)) * rows
         m *= 1.0 / rows
+        rows, columns = next_rows, next_columns
     g = (g - tl.sum(g * m, 1, keep_dims=True)) * first
     g = (g - tl.sum(g * p, 2, keep_dims=True)) * p
     tl.store(dlogits + at, g.to(dlogits.dtype.element_ty), inside)
@@ -77,6 +90,8 @@ def backward(carrier: Carrier, dout: T, logits: T, iterations: int, eps: float) 
     """dout and logits [tokens, n, n] -> dlogits in the dtype of the logits."""
     tokens, n, _ = logits.shape
     dlogits = carrier.empty(logits.shape, carrier.dtype(logits), logits)
-    carrier.launch(_backward, (triton.cdiv(tokens, TOKENS),), dout, logits, dlogits, tokens, eps,
+    blocks = triton.cdiv(tokens, TOKENS)
+    kept = carrier.empty([blocks, iterations - 1, 2 * n, TOKENS], "float32", logits)
+    carrier.launch(_backward, (blocks,), dout, logits, dlogits, kept, tokens, eps,
                    ITERATIONS=iterations, N=n, TOKENS=TOKENS, num_warps=1)
     return dlogits

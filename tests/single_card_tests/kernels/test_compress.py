@@ -35,7 +35,7 @@ def test_it_is_the_definition(shape, dtype):
 
 
 def test_many_windows_to_a_program(monkeypatch):
-    monkeypatch.setattr(kernel, "PROGRAMS", (2, 2))
+    monkeypatch.setitem(kernel.BACKWARD, "PROGRAMS", 2)
     assert is_the_definition("compress", "plain", *inputs(30, 2, 8, 4, True))
 
 
@@ -45,6 +45,12 @@ def test_many_windows_to_a_program(monkeypatch):
 def test_a_bug_is_seen(monkeypatch, name, argument, change):
     plant(monkeypatch, name, argument, change)
     assert not is_the_definition("compress", "plain", *inputs(20, 1, 8, 4, True))
+
+
+def test_windows_that_no_program_has_are_seen(monkeypatch):
+    monkeypatch.setitem(kernel.BACKWARD, "PROGRAMS", 2)
+    plant(monkeypatch, "_backward", "each", lambda each: each - kernel.BACKWARD["WARPS"])
+    assert not is_the_definition("compress", "plain", *inputs(30, 2, 8, 4, True))
 
 
 def test_scores_of_minus_infinity():

@@ -57,7 +57,7 @@ HALF = lambda x: x * 0.5  # noqa: E731
 BUGS = [
     (project, "_project", "w", HALF), (project, "_project", "each", lambda k: k - 64),
     (project, "_finish", "COUNT", lambda n: n - 1), (project, "_finish", "K", lambda k: k - 1),
-    (project, "_split", "x", HALF), (project, "_factor", "dr", HALF), (project, "_project_backward", "d", HALF),
+    (project, "_split", "x", HALF), (project, "_split_rows", "dr", HALF), (project, "_project_backward", "d", HALF),
     (project, "_add_parts", "count", lambda n: n - 1),
     (gates, "_gates", "eps", lambda _: 0.01), (gates, "_gates", "post", HALF),
     (gates, "_gates_backward", "bias", HALF), (gates, "_gates_finish", "count", lambda n: n - 1),

@@ -56,7 +56,7 @@ def test_no_assignment_at_all():
 
 @pytest.mark.parametrize("kernel, argument, change", [
     ("_spread", "starts", lambda s: s * 0), ("_gather", "starts", lambda s: (s - 1).clip(min=0)),
-    ("_assign", "probs", lambda p: p * 0.5), ("_start_all", "totals", lambda t: t * 0),
+    ("_assign", "probs", lambda p: p * 0.5), ("_assign", "by_expert", lambda t: t * 0),
     ("_dprobs", "dflat", lambda d: d.flip(0)),
 ])  # that keep within their memory
 def test_a_bug_is_seen(monkeypatch, kernel, argument, change):
