@@ -1,53 +1,82 @@
-"""Milliseconds on the GPU: medians over many runs, each on a cold L2 cache, and the two ceilings of the device."""
+"""Milliseconds on the GPU: medians over many runs, each on an empty L2 cache, and the two ceilings of the device.
+
+What a run costs where it stands among others: a CUDA graph of runs, each behind reads that empty the cache, less the
+same graph without the runs. So the launch of a lone graph, 5 microseconds, is not counted, launches within a run are,
+and so is whatever a run leaves to be written back.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from statistics import median
 
 import torch
 
-FLUSH = 256 << 20  # bytes written between two runs, several times the L2 cache
-BUDGET = 250.0  # milliseconds of runs for one median
-LEAST, MOST = 3, 60  # runs for one median
+FLUSH = 256 << 20  # bytes read between two runs, several times the L2 cache
+GRAPH, MOST = 2.0, 10  # milliseconds of runs in a graph, and runs at most
+BUDGET = 200.0  # milliseconds of runs for one median
+LEAST, WARM = 5, 3  # medians are of so many replays at least, after so many more
 
 
 def milliseconds(run: Callable, graph: bool = True) -> float:
-    """Median time of ``run()``, warm, with a cold L2 cache. ``graph``: of replays of its CUDA graph."""
+    """Median time of ``run()``, warm, on an empty L2 cache. ``graph``: as part of a CUDA graph; else launch by launch,
+    for what cannot be captured."""
     run()
     torch.cuda.synchronize()
-    replay = _captured(run) if graph else run
-    cache = torch.empty(FLUSH // 4, dtype=torch.int32, device="cuda")
-    once = _timed(replay, cache, 2)[-1]
-    runs = int(min(max(BUDGET / max(once, 1e-3), LEAST), MOST))
-    return median(_timed(replay, cache, runs))
+    if not graph:
+        once = median(_timed(run, before=_flush) for _ in range(2))
+        return median(_timed(run, before=_flush) for _ in range(_count(once)))
+    once = max(_timed(_captured(run, 1).replay, before=_flush), 1e-3)
+    runs = int(min(max(GRAPH / once, 1), MOST))
+
+    def behind_flush():
+        _flush()
+        run()
+
+    both, alone = _captured(behind_flush, runs), _captured(_flush, runs)
+    times = [_timed(both.replay) - _timed(alone.replay) for _ in range(WARM + _count(runs * once))]
+    return median(times[WARM:]) / runs
 
 
-def _captured(run: Callable) -> Callable:
+def _count(once: float) -> int:
+    return int(min(max(BUDGET / once, LEAST), 60))
+
+
+@functools.cache
+def _cache() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(FLUSH // 4, device="cuda"), torch.empty((), device="cuda")
+
+
+def _flush() -> None:
+    """Reads, so that no line waits to be written back when a run begins."""
+    numbers, total = _cache()
+    torch.sum(numbers, dim=0, out=total)
+
+
+def _captured(run: Callable, times: int) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        _flush()
         run()  # a library may set itself up on the stream that it finds
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay(kept=kept):
-        graph.replay()
-
-    return replay
+        for _ in range(times):
+            run()
+    return graph
 
 
-def _timed(run: Callable, cache: torch.Tensor, runs: int) -> list[float]:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-    for start, stop in events:
-        cache.zero_()
-        start.record()
-        run()
-        stop.record()
+def _timed(run: Callable, before: Callable | None = None) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if before:
+        before()
+    start.record()
+    run()
+    stop.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in events]
+    return start.elapsed_time(stop)
 
 
 def copy_rate() -> float:

@@ -18,11 +18,11 @@ from paddledsv4.kernels.reduction import add_parts
 TERMS, GRADIENT_TERMS = 3, 3  # bfloat16 numbers for a float32 one, of the weight and of the projections' gradient
 FORWARD = {"TOKENS": 128, "BLOCK": 64, "STAGES": 4, "num_warps": 8}
 BACKWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
-HEAD_FORWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
+HEAD_FORWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 4, "num_warps": 4}
 HEAD_BACKWARD = {"TOKENS": 32, "BLOCK": 128, "STAGES": 3, "num_warps": 4}  # which reads two tiles more
 PROGRAMS = 256, 256  # at least so many programs, forward and backward, for few tokens
-GATES_BACKWARD = {"TOKENS": 32, "num_warps": 4}
-GATES_PROGRAMS, GATES_ROWS = 256, 64  # about so many programs, and how many of their parts are added at a time
+GATES_BACKWARD = {"TOKENS": 64, "num_warps": 4}
+GATES_PROGRAMS, GATES_ROWS = 256, 256  # about so many programs, and how many of their parts are added at a time
 
 
 @triton.jit
