@@ -27,7 +27,7 @@ SHARES = {
     "L2": r"lts__throughput\..*pct_of_peak_sustained_elapsed",
     "L1, shared": r"l1tex__throughput\..*pct_of_peak_sustained_(active|elapsed)",
     "tensor": r"sm__(inst_executed_)?pipe_tensor.*\.avg\.pct_of_peak_sustained_active",
-    "issue": r"smsp__issue_active\.avg\.pct_of_peak_sustained_active|sm__inst_issued\.avg\.pct_of_peak_sustained_active",
+    "issue": r"(smsp__issue_active|sm__inst_issued)\.avg\.pct_of_peak_sustained_active",
     "warps": r"sm__warps_active\.avg\.pct_of_peak_sustained_active",
 }
 STALL = re.compile(r"smsp__average_warps?_(?:issue_stalled|latency_issue_stalled)_(\w+?)(?:_per_issue_active)?\.ratio")
@@ -78,7 +78,9 @@ def number(text: str) -> float:
 
 
 @app.command()
-def table(files: list[Path], all_names: Annotated[bool, typer.Option(help="List the counters' names.")] = False) -> None:
+def table(
+    files: list[Path], all_names: Annotated[bool, typer.Option(help="List the counters' names.")] = False
+) -> None:
     """One line a kernel: time, registers, shares of the peaks, and what its warps waited for."""
     print("| kernel | us | grid | registers | shared KB | " + " | ".join(SHARES) + " | warps wait for |")
     print("|---" * (6 + len(SHARES)) + "|")

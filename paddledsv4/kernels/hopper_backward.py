@@ -166,7 +166,8 @@ def _differentiate(dq, parts, queries, douts, keys, exists, lists, lengths, weig
                 if 2 * piece + 2 == PIECES:
                     gl.thread_barrier()
                     mbarrier.arrive(halves[0])
-                gl.store(target + (piece * PIECE + offsets), gl.convert_layout(_as_held(done), stores, assert_trivial=True))
+                held = gl.convert_layout(_as_held(done), stores, assert_trivial=True)
+                gl.store(target + (piece * PIECE + offsets), held)
             gl.thread_barrier()  # both warpgroups are done with the weights
             mbarrier.arrive(halves[1])
             target += BLOCK_N * D
@@ -192,8 +193,8 @@ def backward(q, kv, compressed, selected, lse, deltas, dout, dq, parts, first, i
     full, empty, halves, drained = barrier(1), barrier(1), (barrier(1), barrier(1)), barrier(1)
     gl.thread_barrier()
     gl.warp_specialize([
-        (_differentiate, (dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, full, empty, halves,
-                          drained, first, items, first_head, b, H, scale, slots, D, PIECE)),
+        (_differentiate, (dq, parts, queries, douts, keys, exists, lists, lengths, weights, dscores, full, empty,
+                          halves, drained, first, items, first_head, b, H, scale, slots, D, PIECE)),
         (_gather, (q, kv, compressed, selected, lse, deltas, dout, queries, douts, keys, exists, lists, lengths, full,
                    empty, halves, drained, first, items, first_head, s, b, n, g, K, H, D, ratio, offset, WINDOW, FAR,
                    BLOCK_K)),

@@ -275,7 +275,7 @@ def forward(q, kv, compressed, selected, sink, out, lse, s, b, n, g, K, H, D: gl
     memory = queries, keys, (left_weights, right_weights)
     notes = biases, counts
     signals = arrived, full, empty, ready, summed
-    tops = numbers(1, BLOCK_H, gl.float32), numbers(1, BLOCK_H, gl.float32)  # apart: they are written at different times
+    tops = numbers(1, BLOCK_H, gl.float32), numbers(1, BLOCK_H, gl.float32)  # apart, as they are written at any time
     sums = numbers(1, BLOCK_H, gl.float32), numbers(1, BLOCK_H, gl.float32)
     sizes = s * b * ((H + BLOCK_H - 1) // BLOCK_H), s, b, n, g, K, H, ratio, offset
     tensors = q, kv, compressed, selected

@@ -118,6 +118,7 @@ def store_heads(x, buffer, value, heads, D: gl.constexpr):
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     buffer.store(value.to(buffer.dtype))
     gl.thread_barrier()
-    head, d = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies)), gl.arange(0, buffer.shape[1], gl.SliceLayout(0, copies))
+    head = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
+    d = gl.arange(0, buffer.shape[1], gl.SliceLayout(0, copies))
     gl.store(x + (head.to(gl.int64)[:, None] * D + d.to(gl.int64)[None, :]), buffer.load(copies), (head[:, None] < heads) & (d[None, :] < D))
     gl.thread_barrier()

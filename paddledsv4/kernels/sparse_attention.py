@@ -129,7 +129,8 @@ def forward(
 @triton.jit
 def _multiply(out, dout, lse, sink, deltas, dsinks, H, D, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """deltas [tokens, H]: output times its gradient, which is what the softmax takes off; and the sink's gradients."""
-    token, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    token = tl.program_id(0).to(tl.int64)
+    head, d = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     at, here = (token * H + head[:, None]) * D + d[None, :], (head[:, None] < H) & (d[None, :] < D)
     delta = tl.sum(tl.load(out + at, here, 0.0).to(tl.float32) * tl.load(dout + at, here, 0.0).to(tl.float32), 1)
     norm = tl.load(lse + token * H + head, head < H, float("inf"))
@@ -225,7 +226,7 @@ def backward(
         keys.index(first, rows)
         for first_head in range(0, heads, meta["BLOCK_H"]):
             grid, what = ((min(rows * b, multiprocessors()),), (first, rows * b)) if hopper else ((rows, b), (first,))
-            carrier.launch(kernel, grid, *inputs, lse, deltas, dout, dq, parts, *what, first_head, *sizes, ratio, offset,
-                           scale, keys.slots, **meta)
+            carrier.launch(kernel, grid, *inputs, lse, deltas, dout, dq, parts, *what, first_head, *sizes, ratio,
+                           offset, scale, keys.slots, **meta)
             keys.add(parts, first, rows)
     return dq, *keys.results(), column_sums(carrier, dsinks, s * b, sink.shape, carrier.dtype(sink))
