@@ -106,8 +106,8 @@ def fetch(x, buffer, heads, COLUMN: gl.constexpr, D: gl.constexpr):
     copies: gl.constexpr = gl.BlockedLayout([16 // WARPS, 8], [4, 8], [WARPS, 1], [1, 0])
     head = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
     d = COLUMN + gl.arange(0, buffer.shape[1], gl.SliceLayout(0, copies))
-    async_copy.async_copy_global_to_shared(buffer, x + (head.to(gl.int64)[:, None] * D + d.to(gl.int64)[None, :]),
-                                           mask=(head[:, None] < heads) & (d[None, :] < D))
+    at = head.to(gl.int64)[:, None] * D + d.to(gl.int64)[None, :]
+    async_copy.async_copy_global_to_shared(buffer, x + at, mask=(head[:, None] < heads) & (d[None, :] < D))
 
 
 @gluon.jit
@@ -120,5 +120,6 @@ def store_heads(x, buffer, value, heads, D: gl.constexpr):
     gl.thread_barrier()
     head = gl.arange(0, BLOCK_H, gl.SliceLayout(1, copies))
     d = gl.arange(0, buffer.shape[1], gl.SliceLayout(0, copies))
-    gl.store(x + (head.to(gl.int64)[:, None] * D + d.to(gl.int64)[None, :]), buffer.load(copies), (head[:, None] < heads) & (d[None, :] < D))
+    at = head.to(gl.int64)[:, None] * D + d.to(gl.int64)[None, :]  # wide: so that all stores have one address
+    gl.store(x + at, buffer.load(copies), (head[:, None] < heads) & (d[None, :] < D))
     gl.thread_barrier()
