@@ -1,11 +1,13 @@
 """Every fused kernel on one GPU, with torch tensors as carriers: time, rate, share of the ceiling, rivals, errors.
 
 In one call the two ceilings of the device (a large copy, a large bf16 GEMM) are measured beside the kernels, the same
-computation in plain torch operations, and other libraries that can be imported. Paddle is not needed.
+computation in plain torch operations, and other libraries that can be imported. Paddle is not needed. A rival that
+hangs ends the run, which by then has printed and saved all before it, and the kernel that it was compared with.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -77,7 +79,7 @@ def peer_time(make, graph: bool) -> float | str:
 
 
 def measure(case: Case, ceilings: dict[str, float]) -> Result:
-    """Checks, then times ``case`` and its rivals."""
+    """Checks, then times ``case``."""
     found = Result(case.name, bound=case.bound, limit=case.limit)
     try:
         found.error = case.check()
@@ -86,18 +88,22 @@ def measure(case: Case, ceilings: dict[str, float]) -> Result:
         found.share = found.rate / ceilings[case.bound]
     except Exception as error:
         found.failure = reason(error)
+    return found
+
+
+def measure_rivals(case: Case, found: Result) -> None:
+    """Adds to ``found`` the times of plain torch and of other libraries, and whether the goal is met."""
     if case.unfused is not None:
         unfused = peer_time(lambda: case.unfused, case.graph)
         found.unfused_ms = unfused if isinstance(unfused, float) else None
     for name, make in case.peers.items():
         found.peers[name] = peer_time(make, case.graph)
     found.goal = verdict(case, found)
-    return found
 
 
 def verdict(case: Case, found: Result) -> str:
-    """Whether the goal is met, in words; "" for a case without one."""
-    if case.goal is None or found.failure:
+    """Whether the goal is met, in words; "" for a case without one, or with a wrong result."""
+    if case.goal is None or not found.right:
         return ""
     if case.rival is None:
         return f"{'met' if found.share >= case.goal else 'missed'} ({case.goal:.0%} of the ceiling)"
@@ -113,14 +119,18 @@ def line(found: Result) -> str:
         return f"{found.name:48} FAILED {found.failure}"
     unit = "TFLOP/s" if found.bound == "flops" else "GB/s"
     rate = found.rate / (1e12 if found.bound == "flops" else 1e9)
+    mark = "ok" if found.right else "WRONG"
+    head = f"{found.name:48} {found.ms:9.3f} ms {rate:7.0f} {unit:7} {found.share:6.1%}"
+    return f"{head}  error {found.error:.1e} {mark}"
+
+
+def rivals(found: Result) -> str:
     times = {"unfused": found.unfused_ms} if found.unfused_ms else {}
-    rivals = ", ".join(
-        f"{name} {t:.3f} ms = {t / found.ms:.2f} x" if isinstance(t, float) else f"{name}: {t}"
+    return ", ".join(
+        f"{name} {t:.3f} ms" + (f" = {t / found.ms:.2f} x" if found.ms else "") if isinstance(t, float)
+        else f"{name}: {t}"
         for name, t in (times | found.peers).items()
     )
-    mark = "ok" if found.right else "WRONG"
-    head = f"{found.name:48} {found.ms:9.3f} ms {rate:7.0f} {unit:7} {found.share:6.1%}  error {found.error:.1e}"
-    return f"{head} {mark}  {rivals}  {found.goal}"
 
 
 def main(
@@ -128,6 +138,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="The shorter sequence only.")] = False,
     only: Annotated[str, typer.Option(help="Cases whose name has this text.")] = "",
     json_: Annotated[Path | None, typer.Option("--json", help="Write every figure there.")] = None,
+    limit: Annotated[int, typer.Option(help="Seconds for one case, after which the run ends.", min=1)] = 120,
 ) -> None:
     """Fused kernels at the shapes of DeepSeek-V4-Flash on one GPU, beside plain torch and other libraries."""
     start = time.perf_counter()
@@ -137,27 +148,37 @@ def main(
           f"{ceilings['bytes'] / 1e9:.0f} GB/s, bf16 GEMM {ceilings['flops'] / 1e12:.0f} TFLOP/s", flush=True)
     facts = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "ceilings": ceilings}
     results, reports = [], {}
+
+    def save() -> None:  # after every case: what comes later may not end
+        facts["seconds"] = time.perf_counter() - start
+        if json_:
+            cases = [asdict(result) for result in results]
+            json_.write_text(json.dumps(facts | {"cases": cases, "reports": reports}, indent=1))
+
     for name in family.split(","):
         try:
             module = importlib.import_module(f"benchmarks.kernels_{name}")
             if hasattr(module, "report"):
                 reports[name] = module.report(quick)
-            else:
-                for case in module.cases(quick):
-                    if only in case.name:
-                        results.append(measure(case, ceilings))
-                        print(line(results[-1]), flush=True)
-                    del case
-                    gc.collect()
-                    torch.cuda.empty_cache()
+                save()
+            for case in module.cases(quick) if hasattr(module, "cases") else ():
+                if only in case.name:
+                    faulthandler.dump_traceback_later(limit, exit=True)
+                    results.append(measure(case, ceilings))
+                    print(line(results[-1]), end="  ", flush=True)
+                    save()
+                    measure_rivals(case, results[-1])
+                    print(rivals(results[-1]), results[-1].goal, flush=True)
+                    save()
+                    faulthandler.cancel_dump_traceback_later()
+                del case
+                gc.collect()
+                torch.cuda.empty_cache()
         except Exception as error:  # the other families still count
             results.append(Result(name, failure=reason(error)))
             print(line(results[-1]), flush=True)
-        facts["seconds"] = time.perf_counter() - start
+            save()
         print(f"{name}: {facts['seconds']:.0f} s since the start", flush=True)
-        if json_:  # after every family: what comes later may not end
-            cases = [asdict(result) for result in results]
-            json_.write_text(json.dumps(facts | {"cases": cases, "reports": reports}, indent=1))
     raise typer.Exit(0 if all(r.right for r in results) else 1)
 
 

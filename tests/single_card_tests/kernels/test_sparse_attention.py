@@ -10,7 +10,9 @@ from fused_checks import plant  # noqa: E402
 from poison import poisoned_nearby  # noqa: E402, F401
 
 from paddledsv4.errors import UserError  # noqa: E402
+from paddledsv4.fusions.launcher import CARRIER  # noqa: E402
 from paddledsv4.kernels import sparse_attention as kernel  # noqa: E402
+from paddledsv4.kernels.inverted_index import KeyGradients  # noqa: E402
 from paddledsv4.numerics.registry import load_all  # noqa: E402
 from paddledsv4.ops.sparse_attention import plain_sparse_attention  # noqa: E402
 
@@ -130,3 +132,22 @@ def test_what_it_does_not_take_is_said():
         fused(*(x if x is None or not x.is_floating_point() else x.astype("float64") for x in tensors), **STATIC)
     with pytest.raises(UserError, match="head dim 1024"):
         fused(paddle.zeros([1, 1, 1, 1024]), paddle.zeros([1, 1, 1024]), None, None, paddle.zeros([1]), **STATIC)
+
+
+def key_gradients(parts, held):
+    """The sums over parts [rows, 1, window, D] of windows alone."""
+    rows, _, window, d = parts.shape
+    like = paddle.zeros([rows, 1, 1, d]), paddle.zeros([rows, 1, d])
+    keys = KeyGradients(CARRIER, *like, None, None, window, 1, 0, window, held)
+    keys.index(0, rows)
+    keys.add(paddle.to_tensor(parts), 0, rows)
+    return keys.results()[0].numpy()
+
+
+def test_parts_may_stand_in_the_order_of_a_matrix_unit():
+    """hopper_backward._as_held: four lanes hold pairs of 32 columns in turn, and each writes its own together."""
+    parts = np.random.default_rng(0).normal(size=[5, 1, 4, 64]).astype("float32")
+    pairs = parts.reshape([5, 1, 4, 2, 4, 4, 2])  # .., blocks of 32, pairs of a lane, lanes, columns of a pair
+    held = np.ascontiguousarray(pairs.swapaxes(-3, -2)).reshape(parts.shape)
+    np.testing.assert_array_equal(key_gradients(held, True), key_gradients(parts, False))
+    assert not np.array_equal(key_gradients(held, False), key_gradients(parts, False))
