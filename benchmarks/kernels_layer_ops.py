@@ -10,6 +10,7 @@ from benchmarks.kernels_layer import EPS, ITERATIONS, LIMIT, STREAMS
 from benchmarks.torch_carrier import CARRIER as C
 from paddledsv4.kernels import (
     compress,
+    hc_gates,
     hc_mapping,
     hc_mix,
     indexer_score,
@@ -52,10 +53,10 @@ class Fused:
     @op
     def gates(self, proj, r, pre, post, res, bias):
         def backward(*grads):
-            dproj, dr, dalphas, dbias = hc_mapping.gates_backward(C, *grads, proj, r, (pre, post, res), bias, STREAMS)
+            dproj, dr, dalphas, dbias = hc_gates.backward(C, *grads, proj, r, (pre, post, res), bias, STREAMS)
             return dproj, dr, *dalphas, dbias
 
-        return hc_mapping.gates(C, proj, r, (pre, post, res), bias, STREAMS, EPS, "bfloat16"), backward
+        return hc_gates.forward(C, proj, r, (pre, post, res), bias, STREAMS, EPS, "bfloat16"), backward
 
     @op
     def sinkhorn(self, logits):

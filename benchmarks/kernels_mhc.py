@@ -11,7 +11,18 @@ from benchmarks import kernels_mhc_peers as peers
 from benchmarks import kernels_mhc_plain as plain
 from benchmarks.kernel_case import Case, worst
 from benchmarks.torch_carrier import CARRIER, TorchCarrier
-from paddledsv4.kernels import compress, hc_contract, hc_mapping, hc_mix, permute, rms_norm, rope, sinkhorn, swiglu
+from paddledsv4.kernels import (
+    compress,
+    hc_contract,
+    hc_gates,
+    hc_mapping,
+    hc_mix,
+    permute,
+    rms_norm,
+    rope,
+    sinkhorn,
+    swiglu,
+)
 
 STREAMS, HIDDEN, HEADS, HEAD, ROTARY = 4, 4096, 64, 512, 64
 EXPERTS, CHOSEN, WIDTH, LIMIT, EPS = 256, 6, 2048, 10.0, 1e-6
@@ -185,8 +196,8 @@ def connections(tokens: int) -> Iterator[Case]:
     alphas, bias = [draw32(1) for _ in range(3)], draw32(gates)
     yield from both_ways(
         f"hc_gates, {tokens}", plain.gates, [proj, r, *alphas, bias],
-        lambda c: hc_mapping.gates(c, proj, r, alphas, bias, n, EPS, "bfloat16"),
-        lambda c, *g: flatten(hc_mapping.gates_backward(c, *g, proj, r, alphas, bias, n)),
+        lambda c: hc_gates.forward(c, proj, r, alphas, bias, n, EPS, "bfloat16"),
+        lambda c, *g: flatten(hc_gates.backward(c, *g, proj, r, alphas, bias, n)),
     )
     logits = draw32(tokens, n, n)
     yield from both_ways(

@@ -43,15 +43,15 @@ def fused_hc_gates(
 ):
     """proj [s, b, n*n+2n], r [s, b, 1], alphas [1], bias [n*n+2n], all float32
     -> h_pre [s, b, n] and h_post [s, b, n] in ``dtype``, logits of h_res [s, b, n, n]."""
-    from paddledsv4.kernels import hc_mapping as kernel
+    from paddledsv4.kernels import hc_gates as kernel
 
     n, lead, gates = streams, proj.shape[:-1], proj.shape[-1]
     check("hc_gates", proj, streams=power_of_two(n, MOST_STREAMS))
     given = flat(proj, gates), flat(r, 1), (alpha_pre, alpha_post, alpha_res), bias, n
-    h_pre, h_post, logits = kernel.gates(CARRIER, *given, eps, dtype)
+    h_pre, h_post, logits = kernel.forward(CARRIER, *given, eps, dtype)
 
     def backward(dh_pre, dh_post, dlogits):
-        dproj, dr, dalphas, dbias = kernel.gates_backward(
+        dproj, dr, dalphas, dbias = kernel.backward(
             CARRIER, flat(dh_pre, n), flat(dh_post, n), flat(dlogits, n * n), *given
         )
         return dproj.reshape(proj.shape), dr.reshape(r.shape), *dalphas, dbias
