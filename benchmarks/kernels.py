@@ -33,6 +33,8 @@ EXAMPLES = """Examples:
     python benchmarks/kernels.py
 
     python benchmarks/kernels.py --family gemm,mhc --quick --json kernels.json
+
+    python benchmarks/kernels.py --family attn --only "sparse attention" --without tilelang
 """
 FAMILIES = ("mhc", "attn", "gemm", "layer")
 
@@ -91,13 +93,13 @@ def measure(case: Case, ceilings: dict[str, float]) -> Result:
     return found
 
 
-def measure_rivals(case: Case, found: Result) -> None:
-    """Adds to ``found`` the times of plain torch and of other libraries, and whether the goal is met."""
+def measure_rivals(case: Case, found: Result, without: list[str]) -> None:
+    """Adds to ``found`` the times of plain torch and of libraries not named in ``without``, and the verdict."""
     if case.unfused is not None:
         unfused = peer_time(lambda: case.unfused, case.graph)
         found.unfused_ms = unfused if isinstance(unfused, float) else None
     for name, make in case.peers.items():
-        found.peers[name] = peer_time(make, case.graph)
+        found.peers[name] = "left out" if name in without else peer_time(make, case.graph)
     found.goal = verdict(case, found)
 
 
@@ -139,6 +141,7 @@ def main(
     only: Annotated[str, typer.Option(help="Cases whose name has this text.")] = "",
     json_: Annotated[Path | None, typer.Option("--json", help="Write every figure there.")] = None,
     limit: Annotated[int, typer.Option(help="Seconds for one case, after which the run ends.", min=1)] = 120,
+    without: Annotated[str, typer.Option(help="Rivals to leave out, separated by commas.")] = "",
 ) -> None:
     """Fused kernels at the shapes of DeepSeek-V4-Flash on one GPU, beside plain torch and other libraries."""
     start = time.perf_counter()
@@ -167,7 +170,7 @@ def main(
                     results.append(measure(case, ceilings))
                     print(line(results[-1]), end="  ", flush=True)
                     save()
-                    measure_rivals(case, results[-1])
+                    measure_rivals(case, results[-1], without.split(","))
                     print(rivals(results[-1]), results[-1].goal, flush=True)
                     save()
                     faulthandler.cancel_dump_traceback_later()

@@ -28,15 +28,15 @@ def broken():
     raise RuntimeError("boom")
 
 def cases(quick):
-    rivals = {{"quack": absent, "liger": lambda: lambda: 3}}
+    rivals = {{"quack": absent, "liger": lambda: lambda: 3, "slow": lambda: lambda: time.sleep(60)}}
     yield Case("right", lambda: 1, "bytes", 8e8, lambda: 1e-4, 1e-3, lambda: 2, rivals, goal=0.75)
     yield Case("wrong", lambda: 1, "bytes", 8e8, lambda: float("nan"), 1e-3, goal=0.75)
     yield Case("broken", broken, "flops", 1, broken, 1)
-    yield Case("hangs", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, {{"slow": lambda: lambda: time.sleep(60)}})
+    yield Case("hangs", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, {{"other": lambda: lambda: time.sleep(60)}})
 
 sys.modules["benchmarks.kernels_fake"] = fake = types.ModuleType("fake")
 fake.cases = cases
-kernels.main("fake", False, "", Path({out!r}), limit=2)
+kernels.main("fake", False, "", Path({out!r}), limit=2, without="fast,slow")
 """
 
 
@@ -47,7 +47,7 @@ def test_what_was_measured_is_kept(tmp_path):
     assert done.returncode == 1 and "Timeout" in done.stderr
     right, wrong, broken, hangs = json.loads(out.read_text())["cases"]
     assert right["goal"] == "met (75% of the ceiling)" and right["share"] == 0.8
-    assert right["peers"] == {"quack": "not carried (quack)", "liger": 1.0}
+    assert right["peers"] == {"quack": "not carried (quack)", "liger": 1.0, "slow": "left out"}
     assert wrong["goal"] == "" and "nan WRONG" in done.stdout
     assert broken["failure"] == "RuntimeError: boom"
     assert hangs["ms"] == 1.0 and hangs["peers"] == {}
