@@ -24,7 +24,7 @@ def steps(policy: Policy, fused: bool, count: int = 2, block: int = 1 << 16) -> 
     return [(loss.main, loss.mtp) for result in results for loss in result.losses], trainer.weights_md5()
 
 
-@pytest.mark.parametrize("preset", ["torch", "megatron"])
+@pytest.mark.parametrize("preset", ["torch", pytest.param("megatron", marks=pytest.mark.slow)])
 def test_steps_are_bit_equal_with_and_without_it(preset):
     if preset == "torch":
         pytest.importorskip("torch")
