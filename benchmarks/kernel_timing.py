@@ -16,7 +16,7 @@ import torch
 FLUSH = 256 << 20  # bytes read between two runs, several times the L2 cache
 GRAPH, MOST = 2.0, 10  # milliseconds of runs in a graph, and runs at most
 BUDGET = 200.0  # milliseconds of runs for one median
-LEAST, WARM = 5, 3  # medians are of so many replays at least, after so many more
+COUNTS, WARM = (5, 60), 3  # medians are of so many replays, at least and at most, after so many more
 
 
 def milliseconds(run: Callable, graph: bool = True) -> float:
@@ -40,7 +40,8 @@ def milliseconds(run: Callable, graph: bool = True) -> float:
 
 
 def _count(once: float) -> int:
-    return int(min(max(BUDGET / once, LEAST), 60))
+    least, most = COUNTS
+    return int(min(max(BUDGET / once, least), most))
 
 
 @functools.cache

@@ -158,29 +158,33 @@ def main(
             cases = [asdict(result) for result in results]
             json_.write_text(json.dumps(facts | {"cases": cases, "reports": reports}, indent=1))
 
+    def run(case: Case) -> None:
+        faulthandler.dump_traceback_later(limit, exit=True)
+        found = measure(case, ceilings)
+        results.append(found)
+        print(line(found), end="  ", flush=True)
+        save()
+        measure_rivals(case, found, without.split(","))
+        print(rivals(found), found.goal, flush=True)
+        save()
+        faulthandler.cancel_dump_traceback_later()
+
     for name in family.split(","):
         try:
             module = importlib.import_module(f"benchmarks.kernels_{name}")
             if hasattr(module, "report"):
                 reports[name] = module.report(quick)
-                save()
-            for case in module.cases(quick) if hasattr(module, "cases") else ():
-                if only in case.name:
-                    faulthandler.dump_traceback_later(limit, exit=True)
-                    results.append(measure(case, ceilings))
-                    print(line(results[-1]), end="  ", flush=True)
-                    save()
-                    measure_rivals(case, results[-1], without.split(","))
-                    print(rivals(results[-1]), results[-1].goal, flush=True)
-                    save()
-                    faulthandler.cancel_dump_traceback_later()
-                del case
-                gc.collect()
-                torch.cuda.empty_cache()
+            else:
+                for case in module.cases(quick):
+                    if only in case.name:
+                        run(case)
+                    del case
+                    gc.collect()
+                    torch.cuda.empty_cache()
         except Exception as error:  # the other families still count
             results.append(Result(name, failure=reason(error)))
             print(line(results[-1]), flush=True)
-            save()
+        save()
         print(f"{name}: {facts['seconds']:.0f} s since the start", flush=True)
     raise typer.Exit(0 if all(r.right for r in results) else 1)
 

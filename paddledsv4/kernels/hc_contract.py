@@ -12,15 +12,7 @@ import triton
 import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
-from paddledsv4.kernels.hc_mapping import (
-    GRADIENT_TERMS,
-    HEAD_FORWARD,
-    padded,
-    parts_of,
-    project,
-    streams_backward,
-    terms_of,
-)
+from paddledsv4.kernels.hc_mapping import HEAD_FORWARD, padded, parts_of, project, streams_backward
 from paddledsv4.kernels.hc_mix import aggregate
 from paddledsv4.kernels.reduction import add_parts
 
@@ -89,7 +81,7 @@ def backward(carrier: Carrier, dy: T, through: T, streams: T, fn: T, base: T, sc
     dp, factor, parts = (carrier.empty(shape, "float32", streams) for shape in ([rows, n], [rows], [count, 2 * n]))
     carrier.launch(_gate_backward, (count,), dy, streams, scale, gate, p, q, dp, factor, parts, rows, width // n, eps,
                    each, N=n, BLOCK=1024, num_warps=4)
-    d = parts_of(carrier, dp, streams, terms_of(carrier, streams, GRADIENT_TERMS), rows, padded(n))
+    d = parts_of(carrier, dp, streams, rows, padded(n))
     dstreams, dfn = streams_backward(carrier, d, factor, streams, fn, (through, gate, dy), count=n)
     dbase, dscale = (carrier.empty(x.shape, carrier.dtype(x), x) for x in (base, scale))
     total = add_parts(carrier, parts, [2 * n], "float32")

@@ -15,7 +15,7 @@ import triton.language as tl
 from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.reduction import add_parts
 
-TERMS, GRADIENT_TERMS = 3, 3  # bfloat16 numbers for a float32 one, of the weight and of the projections' gradient
+TERMS = 3  # bfloat16 numbers for a float32 one
 FORWARD = {"TOKENS": 128, "BLOCK": 64, "STAGES": 4, "num_warps": 8}
 BACKWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
 HEAD_FORWARD = {"TOKENS": 64, "BLOCK": 128, "STAGES": 4, "num_warps": 4}
@@ -24,15 +24,22 @@ PROGRAMS = 256, 256  # at least so many programs, forward and backward, for few 
 
 
 @triton.jit
+def _cut(v, to, step, inside, TERMS: tl.constexpr):
+    """Stores v, float32, as TERMS numbers whose sum it is: at the pointers ``to``, and each next ``step`` further."""
+    for _ in tl.static_range(TERMS):
+        part = v.to(to.dtype.element_ty)
+        tl.store(to, part, inside)
+        v -= part.to(tl.float32)
+        to += step
+
+
+@triton.jit
 def _split(x, parts, R, C, RP, CP, TERMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """x [R, C] -> parts [TERMS, RP, CP], whose sum over the first index it is; zeros where x has nothing."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     v = tl.load(x + r.to(tl.int64) * C + c, (r < R) & (c < C), 0.0).to(tl.float32)
-    for k in tl.static_range(TERMS):
-        part = v.to(parts.dtype.element_ty)
-        tl.store(parts + (r + k * RP).to(tl.int64) * CP + c, part, (r < RP) & (c < CP))
-        v -= part.to(tl.float32)
+    _cut(v, parts + r.to(tl.int64) * CP + c, RP * CP, (r < RP) & (c < CP), TERMS)
 
 
 @triton.jit
@@ -85,10 +92,7 @@ def _split_rows(d, dr, r, root, parts, factor, rows, M, K, TERMS: tl.constexpr, 
     scale, size = tl.load(r + t, t < rows, 0.0), tl.load(root + t, t < rows, 0.0)
     droot = -tl.load(dr + t, t < rows, 0.0).to(tl.float32) * scale * scale
     tl.store(factor + t, tl.where(size > 0.0, droot / (K * tl.where(size > 0.0, size, 1.0)), 0.0), t < rows)
-    for k in tl.static_range(TERMS):
-        part = v.to(parts.dtype.element_ty)
-        tl.store(parts + (t[:, None] + k * rows) * MP + m, part, (t < rows)[:, None])
-        v -= part.to(tl.float32)
+    _cut(v, parts + t.to(tl.int64)[:, None] * MP + m, rows * MP, (t < rows)[:, None], TERMS)
 
 
 @triton.jit
@@ -139,18 +143,19 @@ def padded(count: int) -> int:
     return max(16, triton.next_power_of_2(count))
 
 
-def terms_of(carrier: Carrier, streams: T, terms: int) -> int:
-    """How many numbers in the dtype of the streams make one."""
-    return 1 if carrier.dtype(streams) == "float32" else terms
+def _empty_parts(carrier: Carrier, streams: T, rows: int, columns: int) -> T:
+    """[terms, rows, columns] in the dtype of the streams, of which so many terms make a float32 number."""
+    dtype = carrier.dtype(streams)
+    return carrier.empty([1 if dtype == "float32" else TERMS, rows, columns], dtype, streams)
 
 
-def parts_of(carrier: Carrier, x: T, streams: T, terms: int, rows: int, columns: int) -> T:
-    """x in the dtype of the streams, as [terms, rows, columns]."""
-    parts = carrier.empty([terms, rows, columns], carrier.dtype(streams), streams)
+def parts_of(carrier: Carrier, x: T, streams: T, rows: int, columns: int) -> T:
+    """x, padded with zeros, in the dtype of the streams as [terms, rows, columns]."""
+    parts = _empty_parts(carrier, streams, rows, columns)
     block = min(1024, triton.next_power_of_2(columns))
     tile = max(1, 1024 // block)
     carrier.launch(_split, (triton.cdiv(rows, tile), triton.cdiv(columns, block)), x, parts, *x.shape, rows, columns,
-                   TERMS=terms, ROWS=tile, BLOCK=block, num_warps=4)
+                   TERMS=parts.shape[0], ROWS=tile, BLOCK=block, num_warps=4)
     return parts
 
 
@@ -158,7 +163,7 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float, tile: dict | No
     """streams [rows, K] contiguous, weight [M, K] float32 -> proj [rows, M], r [rows, 1] and, for ``backward``,
     root [rows], all float32. ``tile``: FORWARD unless given."""
     (rows, width), (columns, _) = streams.shape, weight.shape
-    tile, terms = tile or FORWARD, terms_of(carrier, streams, TERMS)
+    tile = tile or FORWARD
     blocks = triton.cdiv(rows, tile["TOKENS"])
     splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS[0], blocks)), triton.cdiv(width, 1024))
     each = triton.cdiv(triton.cdiv(width, splits), tile["BLOCK"]) * tile["BLOCK"]
@@ -169,8 +174,9 @@ def project(carrier: Carrier, streams: T, weight: T, eps: float, tile: dict | No
 
     parts, squares = empty(count, rows, columns), empty(count, rows)
     proj, r, root = empty(rows, columns), empty(rows, 1), empty(rows)
-    carrier.launch(_project, (blocks, count), streams, parts_of(carrier, weight, streams, terms, wide, width), parts,
-                   squares, rows, width, columns, each, TERMS=terms, MP=wide, **tile)
+    weights = parts_of(carrier, weight, streams, wide, width)
+    carrier.launch(_project, (blocks, count), streams, weights, parts, squares, rows, width, columns, each,
+                   TERMS=weights.shape[0], MP=wide, **tile)
     carrier.launch(_finish, (triton.cdiv(rows, 32),), parts, squares, proj, r, root, rows, width, columns, eps,
                    COUNT=count, TOKENS=32, MP=wide, num_warps=4)
     return proj, r, root
@@ -196,9 +202,7 @@ def streams_backward(carrier: Carrier, d: T, factor: T, streams: T, weight: T, o
 def project_backward(carrier: Carrier, dproj: T, dr: T, streams: T, weight: T, r: T, root: T) -> tuple[T, T]:
     """dproj [rows, M], dr [rows, 1] -> dstreams in the dtype of the streams, dweight float32."""
     (rows, width), columns = streams.shape, weight.shape[0]
-    terms, wide = terms_of(carrier, streams, GRADIENT_TERMS), padded(columns)
-    factor = carrier.empty([rows], "float32", streams)
-    d = carrier.empty([terms, rows, wide], carrier.dtype(streams), streams)
+    factor, d = carrier.empty([rows], "float32", streams), _empty_parts(carrier, streams, rows, padded(columns))
     carrier.launch(_split_rows, (triton.cdiv(rows, 32),), dproj, dr, r, root, d, factor, rows, columns, width,
-                   TERMS=terms, TOKENS=32, MP=wide, num_warps=4)
+                   TERMS=d.shape[0], TOKENS=32, MP=d.shape[2], num_warps=4)
     return streams_backward(carrier, d, factor, streams, weight)

@@ -37,20 +37,15 @@ def _count_map(routing, counts, totals, tokens, experts, TOKENS: tl.constexpr, E
 
 
 @triton.jit
-def _start(counts, starts, size, before, BLOCK: tl.constexpr):
-    """starts [size]: ``before`` and the sum of the earlier counts. Gives what comes next."""
-    for first in range(0, size, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        count = tl.load(counts + i, i < size, 0)
-        tl.store(starts + i, before + tl.cumsum(count, 0) - count, i < size)
-        before += tl.sum(count, 0)
-    return before
-
-
-@triton.jit
 def _start_tokens(counts, starts, tokens, BLOCK: tl.constexpr):
-    """starts [tokens + 1]"""
-    tl.store(starts + tokens, _start(counts, starts, tokens, tl.full([], 0, tl.int32), BLOCK))
+    """starts [tokens + 1]: the sum of the earlier counts."""
+    before = tl.full([], 0, tl.int32)
+    for first in range(0, tokens, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        count = tl.load(counts + i, i < tokens, 0)
+        tl.store(starts + i, before + tl.cumsum(count, 0) - count, i < tokens)
+        before += tl.sum(count, 0)
+    tl.store(starts + tokens, before)
 
 
 @triton.jit

@@ -80,7 +80,12 @@ def _sizes(query: T, kv: T, compressed: T | None, selected: T | None) -> tuple[i
     return s, b, kv.shape[0], groups, 0 if selected is None else selected.shape[2], heads, d
 
 
-def _shape(carrier: Carrier, query: T, compressed: T | None, selected: T | None, window: int) -> dict:
+def _inputs(query: T, kv: T, compressed: T | None, selected: T | None) -> tuple[T, ...]:
+    """What both kernels take first; kv stands for what is absent, which they do not read."""
+    return query, kv, kv if compressed is None else compressed, kv if selected is None else selected
+
+
+def _shape(compressed: T | None, selected: T | None, window: int) -> dict:
     """The constants that both kernels are compiled for."""
     return {
         "WINDOW": window,
@@ -111,7 +116,7 @@ def forward(
     row of scores with its sink, log2 of the sum of their exponentials, [s, b, H] float32."""
     s, b, heads, _ = query.shape
     out, lse = carrier.empty(query.shape, carrier.dtype(query), query), carrier.empty([s, b, heads], "float32", query)
-    sizes, shape = _sizes(query, kv, compressed, selected), _shape(carrier, query, compressed, selected, window)
+    sizes, shape = _sizes(query, kv, compressed, selected), _shape(compressed, selected, window)
     if hopper := _for_hopper(carrier, query):
         from paddledsv4.kernels.hopper_forward import forward as kernel
 
@@ -121,8 +126,8 @@ def forward(
     grid = s, b, triton.cdiv(heads, meta["BLOCK_H"])
     if hopper:
         grid = (min(math.prod(grid), multiprocessors()),)
-    carrier.launch(kernel, grid, query, kv, kv if compressed is None else compressed,
-                   kv if selected is None else selected, sink, out, lse, *sizes, ratio, offset, scale, **meta)
+    carrier.launch(kernel, grid, *_inputs(query, kv, compressed, selected), sink, out, lse, *sizes, ratio, offset,
+                   scale, **meta)
     return out, lse
 
 
@@ -202,12 +207,11 @@ def backward(
     the queries. This goes by chunks of queries, whose parts stay under PART_NUMBERS.
     """
     s, b, heads, d = query.shape
-    sizes, shape = _sizes(query, kv, compressed, selected), _shape(carrier, query, compressed, selected, window)
-    inputs = query, kv, kv if compressed is None else compressed, kv if selected is None else selected
+    sizes, shape = _sizes(query, kv, compressed, selected), _shape(compressed, selected, window)
     if hopper := _for_hopper(carrier, query):
         from paddledsv4.kernels.hopper_backward import backward as kernel
 
-        meta = shape | HOPPER | {"num_warps": 8, "PIECE": min(128, d // 2)} | options
+        meta = shape | HOPPER | {"PIECE": min(128, d // 2)} | options
     else:
         kernel = _backward
         meta = shape | _tiles(carrier, query) | {"CUT": 2 if d > 256 else 1, "num_stages": 1} | options
@@ -226,7 +230,7 @@ def backward(
         keys.index(first, rows)
         for first_head in range(0, heads, meta["BLOCK_H"]):
             grid, what = ((min(rows * b, multiprocessors()),), (first, rows * b)) if hopper else ((rows, b), (first,))
-            carrier.launch(kernel, grid, *inputs, lse, deltas, dout, dq, parts, *what, first_head, *sizes, ratio,
-                           offset, scale, keys.slots, **meta)
+            carrier.launch(kernel, grid, *_inputs(query, kv, compressed, selected), lse, deltas, dout, dq, parts,
+                           *what, first_head, *sizes, ratio, offset, scale, keys.slots, **meta)
             keys.add(parts, first, rows)
     return dq, *keys.results(), column_sums(carrier, dsinks, s * b, sink.shape, carrier.dtype(sink))

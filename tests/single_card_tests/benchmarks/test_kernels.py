@@ -36,14 +36,18 @@ def cases(quick):
 
 sys.modules["benchmarks.kernels_fake"] = fake = types.ModuleType("fake")
 fake.cases = cases
-kernels.main("fake", False, "", Path({out!r}), limit=2, without="fast,slow")
+kernels.main("fake", False, {only!r}, Path({out!r}), limit=2, without="fast,slow")
 """
+
+
+def run(out, only=""):
+    return subprocess.run([sys.executable, "-c", FAKE.format(out=str(out), only=only)], capture_output=True, text=True,
+                          cwd=ROOT, timeout=60)
 
 
 def test_what_was_measured_is_kept(tmp_path):
     out = tmp_path / "kernels.json"
-    done = subprocess.run([sys.executable, "-c", FAKE.format(out=str(out))], capture_output=True, text=True, cwd=ROOT,
-                          timeout=60)
+    done = run(out)
     assert done.returncode == 1 and "Timeout" in done.stderr
     right, wrong, broken, hangs = json.loads(out.read_text())["cases"]
     assert right["goal"] == "met (75% of the ceiling)" and right["share"] == 0.8
@@ -51,3 +55,10 @@ def test_what_was_measured_is_kept(tmp_path):
     assert wrong["goal"] == "" and "nan WRONG" in done.stdout
     assert broken["failure"] == "RuntimeError: boom"
     assert hangs["ms"] == 1.0 and hangs["peers"] == {}
+
+
+def test_a_family_without_such_a_case_ends_in_order(tmp_path):
+    out = tmp_path / "kernels.json"
+    done = run(out, only="no such case")
+    assert "fake: " in done.stdout and "KeyError" not in done.stderr
+    assert json.loads(out.read_text())["cases"] == []
