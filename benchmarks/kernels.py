@@ -1,8 +1,9 @@
 """Every fused kernel on one GPU, with torch tensors as carriers: time, rate, share of the ceiling, rivals, errors.
 
 In one call the two ceilings of the device (a large copy, a large bf16 GEMM) are measured beside the kernels, the same
-computation in plain torch operations, and other libraries that can be imported. Paddle is not needed. A rival that
-hangs ends the run, which by then has printed and saved all before it, and the kernel that it was compared with.
+computation in plain torch operations, and other libraries that can be imported. Paddle is not needed. A rival known to
+hang has a process of its own; another that does ends the run, which by then has printed and saved all before it, and
+the kernel that it was compared with.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import typer
 
 from benchmarks.kernel_case import Case
 from benchmarks.kernel_timing import copy_rate, gemm_rate, milliseconds
+from benchmarks.kernels_rival import peer_time, reason, time_alone
 
 EXAMPLES = """Examples:
 
@@ -61,25 +63,6 @@ class Result:
         return not self.failure and self.error <= self.limit
 
 
-def reason(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160] if text else ''}"
-
-
-def peer_time(make, graph: bool) -> float | str:
-    try:
-        run = make()
-        try:
-            return milliseconds(run, graph)
-        except RuntimeError:  # it synchronises, or sets itself up again while it is captured
-            torch.cuda.synchronize()
-            return milliseconds(run, graph=False)
-    except ImportError as error:
-        return f"not carried ({error.name or error})"
-    except Exception as error:  # a rival that cannot do this size is a line, not the end
-        return reason(error)
-
-
 def measure(case: Case, ceilings: dict[str, float]) -> Result:
     """Checks, then times ``case``."""
     found = Result(case.name, bound=case.bound, limit=case.limit)
@@ -93,13 +76,18 @@ def measure(case: Case, ceilings: dict[str, float]) -> Result:
     return found
 
 
-def measure_rivals(case: Case, found: Result, without: list[str]) -> None:
+def measure_rivals(case: Case, found: Result, without: list[str], module: str) -> None:
     """Adds to ``found`` the times of plain torch and of libraries not named in ``without``, and the verdict."""
     if case.unfused is not None:
         unfused = peer_time(lambda: case.unfused, case.graph)
         found.unfused_ms = unfused if isinstance(unfused, float) else None
     for name, make in case.peers.items():
-        found.peers[name] = "left out" if name in without else peer_time(make, case.graph)
+        if name in without:
+            found.peers[name] = "left out"
+        elif name in case.alone:
+            found.peers[name] = time_alone(module, case.name, name)
+        else:
+            found.peers[name] = peer_time(make, case.graph)
     found.goal = verdict(case, found)
 
 
@@ -158,13 +146,13 @@ def main(
             cases = [asdict(result) for result in results]
             json_.write_text(json.dumps(facts | {"cases": cases, "reports": reports}, indent=1))
 
-    def run(case: Case) -> None:
+    def run(case: Case, module: str) -> None:
         faulthandler.dump_traceback_later(limit, exit=True)
         found = measure(case, ceilings)
         results.append(found)
         print(line(found), end="  ", flush=True)
         save()
-        measure_rivals(case, found, without.split(","))
+        measure_rivals(case, found, without.split(","), module)
         print(rivals(found), found.goal, flush=True)
         save()
         faulthandler.cancel_dump_traceback_later()
@@ -177,7 +165,7 @@ def main(
             else:
                 for case in module.cases(quick):
                     if only in case.name:
-                        run(case)
+                        run(case, module.__name__)
                     del case
                     gc.collect()
                     torch.cuda.empty_cache()

@@ -64,7 +64,8 @@ def attention(tokens: int) -> Iterator[Case]:
 
     work = plain.HEADS * plain.D * plain.pairs(tokens)
     yield Case(f"sparse attention, forward, {tokens}", forward, "flops", 4.0 * work, check, 1e-2,
-               lambda: plain.unfused_forward(x), {"tilelang": lambda: tilelang_forward(x)}, goal=0.5)  # fmt: skip
+               lambda: plain.unfused_forward(x), {"tilelang": lambda: tilelang_forward(x)}, frozenset({"tilelang"}),
+               goal=0.5)  # fmt: skip
     yield Case(f"sparse attention, backward, {tokens}", backward, "flops", 10.0 * work, check_backward, 1e-2,
                lambda: plain.unfused_backward(x), goal=0.35)  # fmt: skip
 

@@ -121,7 +121,7 @@ def norms(tokens: int) -> Iterator[Case]:
         f"rms_norm {HIDDEN}, {tokens}", plain.rms_norm, [x, w],
         lambda c: rms_norm.forward(c, x, w, EPS), lambda c, dy: rms_norm.backward(c, dy, x, w, EPS),
         {"liger": peers.liger_norm(x, w), "quack": peers.quack_norm(x, w)},
-        {"liger": peers.liger_norm_backward(x, w, dy)},
+        {"liger": peers.liger_norm_backward(x, w, dy), "quack": peers.quack_norm_backward(x, w, dy)},
     )
     q, turns = draw(tokens * HEADS, HEAD), (draw32(tokens, ROTARY // 2), draw32(tokens, ROTARY // 2))
     yield from both_ways(

@@ -36,6 +36,16 @@ def quack_norm(x, w):
     return make
 
 
+def quack_norm_backward(x, w, dy):
+    def make():
+        from quack.rmsnorm import rmsnorm_bwd, rmsnorm_fwd
+
+        r = rmsnorm_fwd(x, w, eps=1e-6, store_rstd=True)[2]
+        return lambda: rmsnorm_bwd(x, w, dy, r)
+
+    return make
+
+
 def liger_swiglu(x):
     def make():
         from liger_kernel.ops.swiglu import swiglu_fused_gate_up_forward

@@ -1,6 +1,8 @@
-"""The benchmark of the kernels without a GPU: made-up cases, of which one is wrong, one fails and one rival hangs."""
+"""The benchmark of the kernels without a GPU: made-up cases, of which one is wrong, one fails and two rivals hang, one
+of them in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,15 +13,11 @@ pytest.importorskip("triton")
 pytest.importorskip("torch")
 
 FAKE = """
-import sys, time, types
-from pathlib import Path
-import torch
-from benchmarks import kernels
+import time
+from benchmarks import kernel_timing
 from benchmarks.kernel_case import Case
 
-torch.cuda.get_device_name = lambda: "none"
-kernels.copy_rate = kernels.gemm_rate = lambda: 1e12
-kernels.milliseconds = lambda run, graph=True: (run(), 1.0)[1]
+kernel_timing.milliseconds = lambda run, graph=True: (run(), 1.0)[1]
 
 def absent():
     raise ImportError("no", name="quack")
@@ -27,38 +25,69 @@ def absent():
 def broken():
     raise RuntimeError("boom")
 
+def ends():
+    raise SystemExit("out")
+
+def sleeps():
+    return lambda: time.sleep(60)
+
 def cases(quick):
-    rivals = {{"quack": absent, "liger": lambda: lambda: 3, "slow": lambda: lambda: time.sleep(60)}}
+    rivals = {"quack": absent, "liger": lambda: lambda: 3, "slow": sleeps}
     yield Case("right", lambda: 1, "bytes", 8e8, lambda: 1e-4, 1e-3, lambda: 2, rivals, goal=0.75)
     yield Case("wrong", lambda: 1, "bytes", 8e8, lambda: float("nan"), 1e-3, goal=0.75)
     yield Case("broken", broken, "flops", 1, broken, 1)
-    yield Case("hangs", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, {{"other": lambda: lambda: time.sleep(60)}})
+    rivals = {"hanging": sleeps, "quick": lambda: lambda: 3, "ends": ends}
+    yield Case("apart", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, rivals, frozenset(["hanging"]))
+    yield Case("hangs", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, {"other": sleeps})
+"""
+START = """
+import sys
+from pathlib import Path
+import torch
+import fake_kernels
+from benchmarks import kernels, kernels_rival
 
-sys.modules["benchmarks.kernels_fake"] = fake = types.ModuleType("fake")
-fake.cases = cases
-kernels.main("fake", False, {only!r}, Path({out!r}), limit=2, without="fast,slow")
+torch.cuda.get_device_name = lambda: "none"
+kernels.copy_rate = kernels.gemm_rate = lambda: 1e12
+kernels_rival.SECONDS = 1
+sys.modules["benchmarks.kernels_fake"] = fake_kernels
+kernels.main("fake", False, {only!r}, Path({out!r}), limit=2, without="fast,slow,ends")
 """
 
 
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """Where the figures go; beside the made-up cases, which can be imported here and in processes started from here."""
+    (tmp_path / "fake_kernels.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    return tmp_path / "kernels.json"
+
+
 def run(out, only=""):
-    return subprocess.run([sys.executable, "-c", FAKE.format(out=str(out), only=only)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-c", START.format(out=str(out), only=only)], capture_output=True, text=True,
                           cwd=ROOT, timeout=60)
 
 
-def test_what_was_measured_is_kept(tmp_path):
-    out = tmp_path / "kernels.json"
+def test_what_was_measured_is_kept(out):
     done = run(out)
     assert done.returncode == 1 and "Timeout" in done.stderr
-    right, wrong, broken, hangs = json.loads(out.read_text())["cases"]
+    right, wrong, broken, apart, hangs = json.loads(out.read_text())["cases"]
     assert right["goal"] == "met (75% of the ceiling)" and right["share"] == 0.8
     assert right["peers"] == {"quack": "not carried (quack)", "liger": 1.0, "slow": "left out"}
     assert wrong["goal"] == "" and "nan WRONG" in done.stdout
     assert broken["failure"] == "RuntimeError: boom"
+    assert apart["peers"] == {"hanging": "did not end within 1 s", "quick": 1.0, "ends": "left out"}
     assert hangs["ms"] == 1.0 and hangs["peers"] == {}
 
 
-def test_a_family_without_such_a_case_ends_in_order(tmp_path):
-    out = tmp_path / "kernels.json"
+@pytest.mark.parametrize("rival, time", [("quick", 1.0), ("ends", "ended with 1: out")])
+def test_a_rival_in_a_process_of_its_own(out, rival, time):
+    from benchmarks.kernels_rival import time_alone
+
+    assert time_alone("fake_kernels", "apart", rival) == time
+
+
+def test_a_family_without_such_a_case_ends_in_order(out):
     done = run(out, only="no such case")
     assert "fake: " in done.stdout and "KeyError" not in done.stderr
     assert json.loads(out.read_text())["cases"] == []
