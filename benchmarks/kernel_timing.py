@@ -8,7 +8,7 @@ and so is whatever a run leaves to be written back.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
@@ -22,11 +22,17 @@ COUNTS, WARM = (5, 60), 3  # medians are of so many replays, at least and at mos
 def milliseconds(run: Callable, graph: bool = True) -> float:
     """Median time of ``run()``, warm, on an empty L2 cache. ``graph``: as part of a CUDA graph; else launch by launch,
     for what cannot be captured."""
+    return median(samples(run, graph))
+
+
+def samples(run: Callable, graph: bool = True) -> Iterator[float]:
+    """The times of which ``milliseconds`` is the median, each when it is measured."""
     run()
     torch.cuda.synchronize()
     if not graph:
         once = median(_timed(run, before=_flush) for _ in range(2))
-        return median(_timed(run, before=_flush) for _ in range(_count(once)))
+        yield from (_timed(run, before=_flush) for _ in range(_count(once)))
+        return
     once = max(_timed(_captured(run, 1).replay, before=_flush), 1e-3)
     runs = int(min(max(GRAPH / once, 1), MOST))
 
@@ -35,8 +41,10 @@ def milliseconds(run: Callable, graph: bool = True) -> float:
         run()
 
     both, alone = _captured(behind_flush, runs), _captured(_flush, runs)
-    times = [_timed(both.replay) - _timed(alone.replay) for _ in range(WARM + _count(runs * once))]
-    return median(times[WARM:]) / runs
+    for i in range(WARM + _count(runs * once)):
+        time = _timed(both.replay) - _timed(alone.replay)
+        if i >= WARM:
+            yield time / runs
 
 
 def _count(once: float) -> int:

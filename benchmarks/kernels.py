@@ -43,7 +43,8 @@ FAMILIES = ("mhc", "attn", "gemm", "layer")
 
 @dataclass
 class Result:
-    """What was found of a case; ``peers`` has milliseconds, or in words why there are none."""
+    """What was found of a case; ``peers`` has milliseconds, or in words why there are none, and ``remarks`` what is to
+    be said of some of these times."""
 
     name: str
     ms: float = 0.0
@@ -54,6 +55,7 @@ class Result:
     limit: float = 0.0
     unfused_ms: float | None = None
     peers: dict[str, float | str] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
     goal: str = ""
     failure: str = ""
 
@@ -85,7 +87,8 @@ def measure_rivals(case: Case, found: Result, without: list[str], module: str) -
         if name in without:
             found.peers[name] = "left out"
         elif name in case.alone:
-            found.peers[name] = time_alone(module, case.name, name)
+            found.peers[name], remark = time_alone(module, case.name, name)
+            found.remarks |= {name: remark} if remark else {}
         else:
             found.peers[name] = peer_time(make, case.graph)
     found.goal = verdict(case, found)
@@ -117,10 +120,10 @@ def line(found: Result) -> str:
 def rivals(found: Result) -> str:
     times = {"unfused": found.unfused_ms} if found.unfused_ms else {}
     return ", ".join(
-        f"{name} {t:.3f} ms" + (f" = {t / found.ms:.2f} x" if found.ms else "") if isinstance(t, float)
-        else f"{name}: {t}"
+        (f"{name} {t:.3f} ms" + (f" = {t / found.ms:.2f} x" if found.ms else "") if isinstance(t, float)
+         else f"{name}: {t}") + (f" ({found.remarks[name]})" if name in found.remarks else "")
         for name, t in (times | found.peers).items()
-    )
+    )  # fmt: skip
 
 
 def main(

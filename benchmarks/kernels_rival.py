@@ -2,22 +2,29 @@
 
     python -m benchmarks.kernels_rival benchmarks.kernels_attn "sparse attention, forward, 4096" tilelang
 
-One of its own is for what is known to hang: a kernel that never ends cannot be stopped in any other way.
+One of its own is for what is known to hang: a kernel that never ends cannot be stopped in any other way. What was
+measured until then counts, and it is said how much that was.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from benchmarks import kernel_timing
 
-SECONDS = 45  # for a process of its own, which makes the inputs once more
+START, STEP = 60, 3  # seconds that such a process has until its first measurement, and for every other
+ENOUGH = 5  # measurements of a rival that hung
+SAMPLE = "sample "  # before what that process has to say: libraries print, too
 
 
 def reason(error: BaseException) -> str:
@@ -26,38 +33,51 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:160] if text else ''}"
 
 
-def peer_time(make, graph: bool) -> float | str:
-    """Milliseconds of what ``make()`` returns, or in words why there are none."""
+def _samples(make, graph: bool) -> Iterator[float | str]:
     try:
         run = make()
         try:
-            return kernel_timing.milliseconds(run, graph)
+            yield from kernel_timing.samples(run, graph)
         except RuntimeError:  # it synchronises, or sets itself up again while it is captured
             torch.cuda.synchronize()
-            return kernel_timing.milliseconds(run, graph=False)
+            yield from kernel_timing.samples(run, graph=False)
     except ImportError as error:
-        return f"not carried ({error.name or error})"
+        yield f"not carried ({error.name or error})"
     except Exception as error:  # a rival that cannot do this size is a line, not the end
-        return reason(error)
+        yield reason(error)
 
 
-def time_alone(module: str, case: str, rival: str) -> float | str:
-    """``peer_time`` in a process of its own, which ends after SECONDS. ``module`` has the function ``cases``."""
+def _middle(samples: list[float | str]) -> float | str:
+    return samples[-1] if isinstance(samples[-1], str) else median(samples)
+
+
+def peer_time(make, graph: bool) -> float | str:
+    """Milliseconds of what ``make()`` returns, or in words why there are none."""
+    return _middle(list(_samples(make, graph)))
+
+
+def time_alone(module: str, case: str, rival: str) -> tuple[float | str, str]:
+    """``peer_time`` in a process of its own, and a remark if that hung. ``module`` has the function ``cases``."""
     command = [sys.executable, "-m", __name__, module, case, rival]
-    root = Path(__file__).resolve().parents[1]
-    try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"did not end within {SECONDS} s"
-    if done.returncode:
-        return f"ended with {done.returncode}: {(done.stderr.splitlines() or [''])[-1][:160]}"
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as out:
+        root = Path(__file__).resolve().parents[1]
+        done = subprocess.run(command, cwd=root, stdout=out, stderr=subprocess.PIPE, text=True)
+        out.seek(0)
+        samples = [json.loads(line.removeprefix(SAMPLE)) for line in out if line.startswith(SAMPLE)]
+    if done.returncode == 0:
+        return _middle(samples), ""
+    end = "hung" if "Timeout (" in done.stderr else f"ended with {done.returncode}"
+    remark = f"{end} after {len(samples)} measurements"
+    return (median(samples), remark) if len(samples) >= ENOUGH else (remark, "")
 
 
 def main(module: str, case: str, rival: str) -> None:
-    """Prints, as JSON in the last line, what ``peer_time`` says."""
+    """Prints every measurement as it comes; ends when the next one takes too long."""
+    faulthandler.dump_traceback_later(START, exit=True)
     found = next(found for found in importlib.import_module(module).cases(quick=False) if found.name == case)
-    print(json.dumps(peer_time(found.peers[rival], found.graph)), flush=True)
+    for sample in _samples(found.peers[rival], found.graph):
+        print(SAMPLE + json.dumps(sample), flush=True)
+        faulthandler.dump_traceback_later(STEP, exit=True)
 
 
 if __name__ == "__main__":

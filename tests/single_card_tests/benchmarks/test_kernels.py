@@ -17,7 +17,12 @@ import time
 from benchmarks import kernel_timing
 from benchmarks.kernel_case import Case
 
-kernel_timing.milliseconds = lambda run, graph=True: (run(), 1.0)[1]
+def samples(run, graph=True):
+    for _ in range(7):
+        run()
+        yield 1.0
+
+kernel_timing.samples = samples
 
 def absent():
     raise ImportError("no", name="quack")
@@ -31,27 +36,30 @@ def ends():
 def sleeps():
     return lambda: time.sleep(60)
 
+def stops():
+    times = iter([0] * 5 + [60])
+    return lambda: time.sleep(next(times))
+
 def cases(quick):
     rivals = {"quack": absent, "liger": lambda: lambda: 3, "slow": sleeps}
-    yield Case("right", lambda: 1, "bytes", 8e8, lambda: 1e-4, 1e-3, lambda: 2, rivals, goal=0.75)
-    yield Case("wrong", lambda: 1, "bytes", 8e8, lambda: float("nan"), 1e-3, goal=0.75)
-    yield Case("broken", broken, "flops", 1, broken, 1)
-    rivals = {"hanging": sleeps, "quick": lambda: lambda: 3, "ends": ends}
-    yield Case("apart", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, rivals, frozenset(["hanging"]))
-    yield Case("hangs", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, {"other": sleeps})
+    yield Case("fake right", lambda: 1, "bytes", 8e8, lambda: 1e-4, 1e-3, lambda: 2, rivals, goal=0.75)
+    yield Case("fake wrong", lambda: 1, "bytes", 8e8, lambda: float("nan"), 1e-3, goal=0.75)
+    yield Case("fake broken", broken, "flops", 1, broken, 1)
+    rivals = {"stops": stops, "quick": lambda: lambda: 3, "ends": ends}
+    yield Case("apart", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, rivals, frozenset(["stops"]))
+    yield Case("fake hangs", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, {"other": sleeps})
 """
 START = """
 import sys
 from pathlib import Path
 import torch
 import fake_kernels
-from benchmarks import kernels, kernels_rival
+from benchmarks import kernels
 
 torch.cuda.get_device_name = lambda: "none"
 kernels.copy_rate = kernels.gemm_rate = lambda: 1e12
-kernels_rival.SECONDS = 1
 sys.modules["benchmarks.kernels_fake"] = fake_kernels
-kernels.main("fake", False, {only!r}, Path({out!r}), limit=2, without="fast,slow,ends")
+kernels.main("fake", False, {only!r}, Path({out!r}), limit={limit}, without="fast,slow,ends")
 """
 
 
@@ -63,28 +71,33 @@ def out(tmp_path, monkeypatch):
     return tmp_path / "kernels.json"
 
 
-def run(out, only=""):
-    return subprocess.run([sys.executable, "-c", START.format(out=str(out), only=only)], capture_output=True, text=True,
-                          cwd=ROOT, timeout=60)
+def run(out, only, limit=60):
+    start = START.format(out=str(out), only=only, limit=limit)
+    return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
 def test_what_was_measured_is_kept(out):
-    done = run(out)
+    done = run(out, only="fake", limit=2)
     assert done.returncode == 1 and "Timeout" in done.stderr
-    right, wrong, broken, apart, hangs = json.loads(out.read_text())["cases"]
+    right, wrong, broken, hangs = json.loads(out.read_text())["cases"]
     assert right["goal"] == "met (75% of the ceiling)" and right["share"] == 0.8
     assert right["peers"] == {"quack": "not carried (quack)", "liger": 1.0, "slow": "left out"}
     assert wrong["goal"] == "" and "nan WRONG" in done.stdout
     assert broken["failure"] == "RuntimeError: boom"
-    assert apart["peers"] == {"hanging": "did not end within 1 s", "quick": 1.0, "ends": "left out"}
     assert hangs["ms"] == 1.0 and hangs["peers"] == {}
 
 
-@pytest.mark.parametrize("rival, time", [("quick", 1.0), ("ends", "ended with 1: out")])
-def test_a_rival_in_a_process_of_its_own(out, rival, time):
+def test_a_rival_that_stops_ends_its_own_process_and_what_it_did_counts(out):
+    done = run(out, only="apart")
+    (apart,) = json.loads(out.read_text())["cases"]
+    assert apart["peers"] == {"stops": 1.0, "quick": 1.0, "ends": "left out"}
+    assert apart["remarks"] == {"stops": "hung after 5 measurements"} and "(hung after 5" in done.stdout
+
+
+def test_a_rival_whose_process_fails_is_a_line(out):
     from benchmarks.kernels_rival import time_alone
 
-    assert time_alone("fake_kernels", "apart", rival) == time
+    assert time_alone("fake_kernels", "apart", "ends") == ("ended with 1 after 0 measurements", "")
 
 
 def test_a_family_without_such_a_case_ends_in_order(out):
