@@ -26,7 +26,7 @@ class Case:
         unfused: the same in plain torch operations; None where it does not fit the device.
         peers: name of a library -> what imports it, prepares its inputs and returns what to time. A library that is
             not there raises ImportError: "not carried". Another exception is printed as the reason.
-        alone: the peers that are timed in a process of their own, because they are known to hang.
+        alone: the peers that are timed in a process of their own: one is known to hang, one keeps what memory it had.
         graph: replay a captured CUDA graph; False for what synchronises.
         goal: the share of the ceiling (or, with ``rival``, of that peer's rate) that the kernel has to reach.
         rival: the peer, or "fastest peer", that ``goal`` is about.

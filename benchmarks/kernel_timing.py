@@ -17,6 +17,8 @@ FLUSH = 256 << 20  # bytes read between two runs, several times the L2 cache
 GRAPH, MOST = 2.0, 10  # milliseconds of runs in a graph, and runs at most
 BUDGET = 200.0  # milliseconds of runs for one median
 COUNTS, WARM = (5, 60), 3  # medians are of so many replays, at least and at most, after so many more
+LONG, HEAT = 5.0, 500.0  # milliseconds: a run that takes so long is first repeated for so long, until the clock that a
+# hot chip keeps is reached: else who comes after a pause is a few percent faster
 
 
 def milliseconds(run: Callable, graph: bool = True) -> float:
@@ -31,6 +33,7 @@ def samples(run: Callable, graph: bool = True) -> Iterator[float]:
     torch.cuda.synchronize()
     if not graph:
         once = median(_timed(run, before=_flush) for _ in range(2))
+        _heat(run, once)
         yield from (_timed(run, before=_flush) for _ in range(_count(once)))
         return
     once = max(_timed(_captured(run, 1).replay, before=_flush), 1e-3)
@@ -41,10 +44,18 @@ def samples(run: Callable, graph: bool = True) -> Iterator[float]:
         run()
 
     both, alone = _captured(behind_flush, runs), _captured(_flush, runs)
+    _heat(both.replay, once * runs)
     for i in range(WARM + _count(runs * once)):
         time = _timed(both.replay) - _timed(alone.replay)
         if i >= WARM:
             yield time / runs
+
+
+def _heat(run: Callable, once: float) -> None:
+    if once >= LONG:
+        for _ in range(int(HEAT / once)):
+            run()
+        torch.cuda.synchronize()
 
 
 def _count(once: float) -> int:

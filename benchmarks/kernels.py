@@ -84,6 +84,8 @@ def measure_rivals(case: Case, found: Result, without: list[str], module: str) -
         unfused = peer_time(lambda: case.unfused, case.graph)
         found.unfused_ms = unfused if isinstance(unfused, float) else None
     for name, make in case.peers.items():
+        gc.collect()
+        torch.cuda.empty_cache()  # which a process of its own would lack
         if name in without:
             found.peers[name] = "left out"
         elif name in case.alone:

@@ -18,6 +18,9 @@ class TorchCarrier:
     def zeros(self, shape: Sequence[int], dtype: str, like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(*shape, dtype=getattr(torch, dtype), device=like.device)
 
+    def rows(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        return x[:count]
+
     def strides(self, x: torch.Tensor) -> tuple[int, ...]:
         return x.stride()
 

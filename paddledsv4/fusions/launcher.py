@@ -65,6 +65,9 @@ class PaddleCarrier:
     def zeros(self, shape: Sequence[int], dtype: str, like: Tensor) -> Tensor:
         return paddle.zeros(list(shape), dtype)
 
+    def rows(self, x: Tensor, count: int) -> Tensor:
+        return x[:count]
+
     def strides(self, x: Tensor) -> tuple[int, ...]:
         return tuple(x.strides)
 

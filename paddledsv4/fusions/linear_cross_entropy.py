@@ -158,11 +158,11 @@ def _later(hidden: Tensor, weight: Tensor, labels: Tensor, *, train: bool):
 @differentiable
 def _at_once(hidden: Tensor, weight: Tensor, labels: Tensor, *, mask: Tensor, train: bool):
     """The gradients of sum(losses mask), to be multiplied with what comes."""
-    from paddledsv4.kernels import linear_cross_entropy as kernel
+    from paddledsv4.kernels.head_gradients import losses_and_gradients
 
     s, b, width = hidden.shape
     mask = mask.astype("float32")
-    losses, dx, dw = kernel.losses_and_gradients(
+    losses, dx, dw = losses_and_gradients(
         CARRIER, hidden.reshape([-1, width]), weight, labels.t().reshape([-1]), mask.t().reshape([-1]), train
     )
 

@@ -19,6 +19,9 @@ class Carrier(Protocol):
     def zeros(self, shape: Sequence[int], dtype: str, like: T) -> T:
         """The same, filled with zeros."""
 
+    def rows(self, x: T, count: int) -> T:
+        """The first rows of ``x``, if possible in the same memory."""
+
     def strides(self, x: T) -> tuple[int, ...]:
         """Elements from one index to the next, a number per dimension."""
 

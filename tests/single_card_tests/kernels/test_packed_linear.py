@@ -51,7 +51,7 @@ def definition(x, dy, packed, scales, counts):
 
 
 def error(ours, truth):
-    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, truth, strict=True))
+    return np.max([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, truth, strict=True)])
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))

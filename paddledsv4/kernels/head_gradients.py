@@ -1,0 +1,122 @@
+"""Losses of a linear head and, their own gradient being known up to a factor, those of x and W with three products.
+
+Of a block of tokens with the whole vocabulary the exponentials are kept, e = exp(logit - base), with one base a
+token. With factor = dloss exp(base - log), then, dW = (e - label)^T (x factor) and dx = factor (e - label) W: nothing
+passes over e once more, but the labels are put in, and where a logit is far above the label's, so that exponentials of
+a token have other bases, these are brought to one.
+
+They are kept as [vocabulary, tokens] in the memory of dW, some rows behind where they would belong: dW is made from
+its first row on, each stretch of it where exponentials were that nothing needs any more. A block has as many tokens as
+dW has columns; where dW is not wanted or too narrow, e has memory of its own, at most :data:`TOKENS_BLOCK` elements,
+and no more than half of the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from paddledsv4.kernels.carrier import Carrier, T
+from paddledsv4.kernels.device import multiprocessors
+from paddledsv4.kernels.linear_cross_entropy import ABOVE, LOG2E, losses_of, partials
+from paddledsv4.kernels.matmul import config, multiply
+
+TOKENS_BLOCK = 1 << 29  # elements of a block: 1 GiB in bfloat16
+
+
+@triton.jit
+def _bases(top, picked, logs, base, start, tokens, parts, TOKENS: tl.constexpr, PARTS: tl.constexpr):
+    """The one base of a token: the usual one, or the log of its sum if a tile has another."""
+    i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = i < tokens
+    usual = tl.load(picked + start + i, inside, 0.0) + ABOVE
+    largest = usual
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        at = part.to(tl.int64)[:, None] * tokens + i[None, :]
+        here = (part < parts)[:, None] & inside[None, :]
+        largest = tl.maximum(largest, tl.max(tl.load(top + at, here, -float("inf")), 0))
+    tl.store(base + i, tl.where(largest > usual, tl.load(logs + start + i, inside, 0.0), usual), inside)
+
+
+@triton.jit
+def _rebase(e, top, base, e_row, tokens, V, stride, COLUMNS: tl.constexpr, WORDS: tl.constexpr, TOKENS: tl.constexpr):
+    """WORDS rows of e, in place: relative to ``top`` -> relative to ``base``. Nothing to do where these are equal."""
+    i, j = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    part = (tl.program_id(0) * WORDS // COLUMNS).to(tl.int64)
+    other = tl.load(top + part * tokens + i, i < tokens, 0.0) - tl.load(base + i, i < tokens, 0.0)
+    if tl.max(tl.abs(other), 0) > 0.0:
+        at = e + (e_row + j).to(tl.int64)[:, None] * stride + i[None, :]
+        here = (j < V)[:, None] & (other != 0.0)[None, :]
+        value = tl.load(at, here, 0.0).to(tl.float32) * tl.exp2(other * LOG2E)[None, :]
+        tl.store(at, value.to(e.dtype.element_ty), here)
+
+
+@triton.jit
+def _weigh(x, e, labels, picked, logs, dloss, base, factor, scaled, e_row, start, tokens, C, stride,
+           TOKENS: tl.constexpr, BLOCK: tl.constexpr, TRAIN: tl.constexpr):
+    """The factor of every token, its label's entry in e, and in ``scaled`` factor x, zeros behind the last token."""
+    i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside, token = i < tokens, start + i
+    log, origin = tl.load(logs + token, inside, 0.0), tl.load(base + i, inside, 0.0)
+    weight = tl.exp2((origin - log) * LOG2E) * tl.load(dloss + token, inside, 0.0).to(tl.float32)
+    tl.store(factor + token, weight, inside)
+    p = tl.exp2((tl.load(picked + token, inside, 0.0) - log) * LOG2E)
+    label = tl.load(labels + token, inside, 0).to(tl.int64)
+    value = (p - 1.0) * tl.exp2((log - origin) * LOG2E)
+    tl.store(e + (e_row + label) * stride + i, value.to(e.dtype.element_ty), inside)
+    if TRAIN:
+        for first in range(0, C, BLOCK):
+            c = first + tl.arange(0, BLOCK)[None, :]
+            v = tl.load(x + token.to(tl.int64)[:, None] * C + c, inside[:, None] & (c < C), 0.0).to(tl.float32)
+            to = scaled + i.to(tl.int64)[:, None] * C + c
+            tl.store(to, (v * weight[:, None]).to(scaled.dtype.element_ty), c < C)
+
+
+def stretch_of(vocabulary: int, width: int, tile: dict[str, int]) -> int:
+    """Rows of dW made at a time where its memory holds the exponentials: about a sixteenth of them, in tiles that keep
+    all multiprocessors busy."""
+    programs = multiprocessors()
+    whole = tile["ROWS"] * (programs // math.gcd(programs, triton.cdiv(width, tile["COLUMNS"])))
+    return max(round(vocabulary / 16 / whole), 1) * whole
+
+
+def losses_and_gradients(
+    carrier: Carrier, x: T, weight: T, labels: T, dloss: T, train: bool = True
+) -> tuple[T, T, T | None]:
+    """x [tokens, C], weight [V, C] of one dtype, labels [tokens] of integers below V, dloss [tokens] -> losses [tokens]
+    float32, dx and dW in their dtypes; unless it is to ``train``, no dW. Rows have a multiple of 16 bytes."""
+    (tokens, width), vocabulary, dtype = x.shape, weight.shape[0], carrier.dtype(x)
+    tile = config(dtype)
+    rows, columns = tile["ROWS"], tile["COLUMNS"]
+    size = max(min(TOKENS_BLOCK // vocabulary, triton.cdiv(tokens, 2)) // rows, 1) * rows
+    if within := train and size <= width:
+        size, stretch = min(width // rows, triton.cdiv(tokens, rows)) * rows, stretch_of(vocabulary, width, tile)
+        scores, e_row = carrier.empty([stretch + vocabulary, width], dtype, weight), stretch
+        dw = carrier.rows(scores, vocabulary)
+    else:
+        scores, e_row, stretch = carrier.empty([vocabulary, size], dtype, x), 0, vocabulary
+        dw = carrier.empty(weight.shape, dtype, weight) if train else None
+    top, total = partials(carrier, x, weight, size)
+    picked, losses, logs, factor = (carrier.empty([tokens], "float32", x) for _ in range(4))
+    base, dx = carrier.empty([size], "float32", x), carrier.empty(x.shape, dtype, x)
+    scaled = carrier.empty([size, width], dtype, x) if train else x
+    sum_dw = carrier.empty(weight.shape, "float32", weight) if train and tokens > size else None
+    for start in range(0, tokens, size):
+        count, first, last = min(size, tokens - start), start == 0, start + size >= tokens
+        losses_of(carrier, x, weight, labels, top, total, picked, losses, logs, start, count, scores, e_row)
+        carrier.launch(_bases, (triton.cdiv(count, 32),), top, picked, logs, base, start, count, top.shape[0],
+                       TOKENS=32, PARTS=64, num_warps=4)
+        carrier.launch(_rebase, (triton.cdiv(vocabulary, 64), triton.cdiv(count, 256)), scores, top, base, e_row,
+                       count, vocabulary, scores.shape[1], COLUMNS=columns, WORDS=64, TOKENS=256, num_warps=8)
+        carrier.launch(_weigh, (triton.cdiv(count, rows) * rows // 4,), x, scores, labels, picked, logs, dloss, base,
+                       factor, scaled, e_row, start, count, width, scores.shape[1], TOKENS=4,
+                       BLOCK=min(512, triton.next_power_of_2(width)), TRAIN=train, num_warps=4)
+        multiply(carrier, scores, weight, dx, (count, width, vocabulary), (e_row, 0, start), True, factor=factor)
+        step = stretch if last else vocabulary  # what is not the last goes to sum_dw, where no exponentials are
+        for row in range(0, vocabulary, step) if train else ():
+            multiply(carrier, scores, scaled, scores if within else dw, (min(step, vocabulary - row), width, count),
+                     (e_row + row, 0, row), total=sum_dw, first=first, last=last)
+    return losses, dx, dw
