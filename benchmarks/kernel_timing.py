@@ -8,6 +8,7 @@ and so is whatever a run leaves to be written back.
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from statistics import median
 
@@ -63,6 +64,21 @@ def _count(once: float) -> int:
     return int(min(max(BUDGET / once, least), most))
 
 
+def clean() -> None:
+    """Gives back the memory that nothing holds. cuBLAS' workspaces, one a stream, are cut out of whatever block was
+    free, and hold all of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """The one stream beside the default one: memory that was used on a stream serves that stream only."""
+    return torch.cuda.Stream()
+
+
 @functools.cache
 def _cache() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(FLUSH // 4, device="cuda"), torch.empty((), device="cuda")
@@ -75,7 +91,7 @@ def _flush() -> None:
 
 
 def _captured(run: Callable, times: int) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
+    side = side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         _flush()

@@ -10,6 +10,7 @@ import torch
 from benchmarks import kernels_mhc_peers as peers
 from benchmarks import kernels_mhc_plain as plain
 from benchmarks.kernel_case import Case, worst
+from benchmarks.kernel_timing import side_stream
 from benchmarks.torch_carrier import CARRIER, TorchCarrier
 from paddledsv4.kernels import (
     compress,
@@ -106,7 +107,7 @@ def both_ways(
     moved = size(*inputs, *(y for y in outputs if y.data_ptr() not in given))
     yield Case(f"{name}, forward", lambda: forward(CARRIER), "bytes", moved, check_forward, limit,
                lambda: definition(*inputs), forward_peers or {}, goal=GOAL)
-    side = torch.cuda.Stream()
+    side = side_stream()
     with torch.cuda.stream(side):  # not on the default stream, so that its backward can be captured
         leaves, made = graph_of(*inputs)
     torch.cuda.synchronize()

@@ -50,29 +50,27 @@ def cases(quick):
     yield Case("fake hangs", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, {"other": sleeps})
 """
 START = """
-import sys
 from pathlib import Path
 import torch
-import fake_kernels
 from benchmarks import kernels
 
 torch.cuda.get_device_name = lambda: "none"
 kernels.copy_rate = kernels.gemm_rate = lambda: 1e12
-sys.modules["benchmarks.kernels_fake"] = fake_kernels
-kernels.main("fake", False, {only!r}, Path({out!r}), limit={limit}, without="fast,slow,ends")
+kernels.main({family!r}, False, {only!r}, Path({out!r}), limit={limit}, without="fast,slow,ends")
 """
 
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    """Where the figures go; beside the made-up cases, which can be imported here and in processes started from here."""
-    (tmp_path / "fake_kernels.py").write_text(FAKE)
+    """Where the figures go; beside the made-up cases, a family in every process started from here."""
+    (tmp_path / "kernels_fake.py").write_text(FAKE)
+    (tmp_path / "sitecustomize.py").write_text(f"import benchmarks\nbenchmarks.__path__.append({str(tmp_path)!r})\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     return tmp_path / "kernels.json"
 
 
-def run(out, only, limit=60):
-    start = START.format(out=str(out), only=only, limit=limit)
+def run(out, only, limit=60, family="fake"):
+    start = START.format(out=str(out), only=only, limit=limit, family=family)
     return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
@@ -85,8 +83,10 @@ def test_what_was_measured_is_kept(out):
     assert wrong["goal"] == "" and "nan WRONG" in done.stdout
     assert broken["failure"] == "RuntimeError: boom"
     assert hangs["ms"] == 1.0 and hangs["peers"] == {}
+    assert "fake: ended with 1 before its last case" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_rival_that_stops_ends_its_own_process_and_what_it_did_counts(out):
     done = run(out, only="apart")
     (apart,) = json.loads(out.read_text())["cases"]
@@ -97,10 +97,12 @@ def test_a_rival_that_stops_ends_its_own_process_and_what_it_did_counts(out):
 def test_a_rival_whose_process_fails_is_a_line(out):
     from benchmarks.kernels_rival import time_alone
 
-    assert time_alone("fake_kernels", "apart", "ends") == ("ended with 1 after 0 measurements", "")
+    assert time_alone("benchmarks.kernels_fake", "apart", "ends") == ("ended with 1 after 0 measurements", "")
 
 
-def test_a_family_without_such_a_case_ends_in_order(out):
-    done = run(out, only="no such case")
+def test_a_family_without_such_a_case_ends_in_order_behind_one_that_fails(out):
+    done = run(out, only="no such case", family="absent,fake")
     assert "fake: " in done.stdout and "KeyError" not in done.stderr
-    assert json.loads(out.read_text())["cases"] == []
+    record = json.loads(out.read_text())
+    assert [case["name"] for case in record["cases"]] == ["absent"] and "No module" in record["cases"][0]["failure"]
+    assert record["ended"] == ["absent", "fake"]

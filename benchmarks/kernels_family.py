@@ -1,0 +1,156 @@
+"""The cases of one family, in a process of their own: checked, timed, compared, printed and saved.
+
+benchmarks/kernels.py starts it. What a family leaves behind, memory or a kernel that never ends, is not the next one's.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernel_case import Case
+from benchmarks.kernel_timing import clean, milliseconds
+from benchmarks.kernels_rival import peer_time, reason, time_alone
+
+
+@dataclass
+class Result:
+    """What was found of a case; ``peers`` has milliseconds, or in words why there are none, and ``remarks`` what is to
+    be said of some of these times."""
+
+    name: str
+    ms: float = 0.0
+    rate: float = 0.0
+    share: float = 0.0
+    bound: str = ""
+    error: float = float("nan")
+    limit: float = 0.0
+    unfused_ms: float | None = None
+    peers: dict[str, float | str] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
+    goal: str = ""
+    failure: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether the kernel ran and its error is within its limit; NaN is not."""
+        return not self.failure and self.error <= self.limit
+
+
+def measure(case: Case, ceilings: dict[str, float]) -> Result:
+    """Checks, then times ``case``."""
+    found = Result(case.name, bound=case.bound, limit=case.limit)
+    try:
+        found.error = case.check()
+        found.ms = milliseconds(case.ours, case.graph)
+        found.rate = case.work / found.ms * 1e3
+        found.share = found.rate / ceilings[case.bound]
+    except Exception as error:
+        found.failure = reason(error)
+    return found
+
+
+def measure_rivals(case: Case, found: Result, without: list[str], module: str) -> None:
+    """Adds to ``found`` the times of plain torch and of libraries not named in ``without``, and the verdict."""
+    if case.unfused is not None:
+        unfused = peer_time(lambda: case.unfused, case.graph)
+        found.unfused_ms = unfused if isinstance(unfused, float) else None
+    for name, make in case.peers.items():
+        clean()  # what is kept, a process of its own would lack
+        if name in without:
+            found.peers[name] = "left out"
+        elif name in case.alone:
+            found.peers[name], remark = time_alone(module, case.name, name)
+            found.remarks |= {name: remark} if remark else {}
+        else:
+            found.peers[name] = peer_time(make, case.graph)
+    found.goal = verdict(case, found)
+
+
+def verdict(case: Case, found: Result) -> str:
+    """Whether the goal is met, in words; "" for a case without one, or with a wrong result."""
+    if case.goal is None or not found.right:
+        return ""
+    if case.rival is None:
+        return f"{'met' if found.share >= case.goal else 'missed'} ({case.goal:.0%} of the ceiling)"
+    times = {name: t for name, t in found.peers.items() if isinstance(t, float)}
+    rival = min(times, key=times.get, default=None) if case.rival == "fastest peer" else case.rival
+    if rival not in times:
+        return f"open: {case.rival} did not run"
+    return f"{'met' if times[rival] / found.ms >= case.goal else 'missed'} ({case.goal:.2g} x the rate of {rival})"
+
+
+def line(found: Result) -> str:
+    if found.failure:
+        return f"{found.name:48} FAILED {found.failure}"
+    unit = "TFLOP/s" if found.bound == "flops" else "GB/s"
+    rate = found.rate / (1e12 if found.bound == "flops" else 1e9)
+    mark = "ok" if found.right else "WRONG"
+    head = f"{found.name:48} {found.ms:9.3f} ms {rate:7.0f} {unit:7} {found.share:6.1%}"
+    return f"{head}  error {found.error:.1e} {mark}"
+
+
+def rivals(found: Result) -> str:
+    times = {"unfused": found.unfused_ms} if found.unfused_ms else {}
+    return ", ".join(
+        (f"{name} {t:.3f} ms" + (f" = {t / found.ms:.2f} x" if found.ms else "") if isinstance(t, float)
+         else f"{name}: {t}") + (f" ({found.remarks[name]})" if name in found.remarks else "")
+        for name, t in (times | found.peers).items()
+    )  # fmt: skip
+
+
+def save(record: dict, path: Path) -> None:
+    """All that is known so far: what comes later may not end."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record | {"seconds": time.time() - record["started"]}, indent=1))
+    os.replace(part, path)
+
+
+def run(case: Case, module: str, record: dict, path: Path, limit: int, without: list[str]) -> None:
+    """Adds ``case`` to the record, when it is timed and again when its rivals are."""
+    faulthandler.dump_traceback_later(limit, exit=True)
+    found = measure(case, record["ceilings"])
+    record["cases"].append(asdict(found))
+    print(line(found), end="  ", flush=True)
+    save(record, path)
+    measure_rivals(case, found, without, module)
+    record["cases"][-1] = asdict(found)
+    print(rivals(found), found.goal, flush=True)
+    save(record, path)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def main(name: str, path: Path, quick: bool, only: str, limit: int, without: list[str]) -> None:
+    """Adds a family's cases to the record at ``path``, and at the end its name to the families that ended."""
+    record = json.loads(path.read_text())
+    kept = 0
+    try:
+        module = importlib.import_module(f"benchmarks.kernels_{name}")
+        if hasattr(module, "report"):
+            record["reports"][name] = module.report(quick)
+        else:
+            for case in module.cases(quick):
+                if only in case.name:
+                    run(case, module.__name__, record, path, limit, without)
+                del case
+                clean()
+        kept = torch.cuda.memory_reserved()
+    except Exception as error:
+        record["cases"].append(asdict(Result(name, failure=reason(error))))
+        print(f"{name:48} FAILED {str(error).strip()}", flush=True)
+    record["ended"].append(name)
+    save(record, path)
+    print(f"{name}: {time.time() - record['started']:.0f} s since the start, {kept / 2**30:.1f} GiB not given back",
+          flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), **json.loads(sys.argv[3]))
