@@ -38,7 +38,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("mhc", "attn", "gemm", "layer")
 
 
-
 def main(
     family: Annotated[str, typer.Option(help="Which kernels, separated by commas.")] = ",".join(FAMILIES),
     quick: Annotated[bool, typer.Option(help="The shorter sequence only.")] = False,

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.kernel_case import Case
 from benchmarks.kernel_timing import clean, milliseconds
-from benchmarks.kernels_rival import peer_time, reason, time_alone
+from benchmarks.kernels_rival import ABSENT, LEFT_OUT, peer_time, reason, time_alone
 
 
 @dataclass
@@ -66,7 +66,7 @@ def measure_rivals(case: Case, found: Result, without: list[str], module: str) -
     for name, make in case.peers.items():
         clean()  # what is kept, a process of its own would lack
         if name in without:
-            found.peers[name] = "left out"
+            found.peers[name] = LEFT_OUT
         elif name in case.alone:
             found.peers[name], remark = time_alone(module, case.name, name)
             found.remarks |= {name: remark} if remark else {}
@@ -82,6 +82,9 @@ def verdict(case: Case, found: Result) -> str:
     if case.rival is None:
         return f"{'met' if found.share >= case.goal else 'missed'} ({case.goal:.0%} of the ceiling)"
     times = {name: t for name, t in found.peers.items() if isinstance(t, float)}
+    failed = [name for name, t in found.peers.items() if isinstance(t, str) and not t.startswith(ABSENT)]
+    if failed and case.rival == "fastest peer":
+        return f"open: {', '.join(failed)} failed"
     rival = min(times, key=times.get, default=None) if case.rival == "fastest peer" else case.rival
     if rival not in times:
         return f"open: {case.rival} did not run"

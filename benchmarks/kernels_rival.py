@@ -24,6 +24,8 @@ from benchmarks import kernel_timing
 
 START, STEP = 60, 3  # seconds that such a process has until its first measurement, and for every other
 ENOUGH = 5  # measurements of a rival that hung
+NOT_CARRIED, LEFT_OUT = "not carried", "left out"
+ABSENT = NOT_CARRIED, LEFT_OUT  # of those nothing is said; the others that have no time failed
 SAMPLE = "sample "  # before what that process has to say: libraries print, too
 
 
@@ -42,7 +44,7 @@ def _samples(make, graph: bool) -> Iterator[float | str]:
             torch.cuda.synchronize()
             yield from kernel_timing.samples(run, graph=False)
     except ImportError as error:
-        yield f"not carried ({error.name or error})"
+        yield f"{NOT_CARRIED} ({error.name or error})"
     except Exception as error:  # a rival that cannot do this size is a line, not the end
         yield reason(error)
 

@@ -88,6 +88,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_the_evaluation_would_be_noticed(tmp_path):
     """The test above can fail, and what fails ends."""
     sft_recipe(tmp_path, **SPREAD | {"parallel": SPREAD["parallel"] | {"timeout": 5}})

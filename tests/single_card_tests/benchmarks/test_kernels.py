@@ -44,6 +44,8 @@ def cases(quick):
     rivals = {"quack": absent, "liger": lambda: lambda: 3, "slow": sleeps}
     yield Case("fake right", lambda: 1, "bytes", 8e8, lambda: 1e-4, 1e-3, lambda: 2, rivals, goal=0.75)
     yield Case("fake wrong", lambda: 1, "bytes", 8e8, lambda: float("nan"), 1e-3, goal=0.75)
+    yield Case("fake race", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, {"fast": sleeps, "broken": broken,
+               "liger": lambda: lambda: 3}, goal=1.0, rival="fastest peer")
     yield Case("fake broken", broken, "flops", 1, broken, 1)
     rivals = {"stops": stops, "quick": lambda: lambda: 3, "ends": ends}
     yield Case("apart", lambda: 1, "bytes", 8e8, lambda: 0.0, 1e-3, None, rivals, frozenset(["stops"]))
@@ -75,12 +77,14 @@ def run(out, only, limit=60, family="fake"):
 
 
 def test_what_was_measured_is_kept(out):
-    done = run(out, only="fake", limit=2)
+    done = run(out, only="fake", limit=2, family="absent,fake")
     assert done.returncode == 1 and "Timeout" in done.stderr
-    right, wrong, broken, hangs = json.loads(out.read_text())["cases"]
+    absent, right, wrong, race, broken, hangs = json.loads(out.read_text())["cases"]
+    assert absent["name"] == "absent" and "No module" in absent["failure"]  # and the next family is measured
     assert right["goal"] == "met (75% of the ceiling)" and right["share"] == 0.8
     assert right["peers"] == {"quack": "not carried (quack)", "liger": 1.0, "slow": "left out"}
     assert wrong["goal"] == "" and "nan WRONG" in done.stdout
+    assert race["goal"] == "open: broken failed"
     assert broken["failure"] == "RuntimeError: boom"
     assert hangs["ms"] == 1.0 and hangs["peers"] == {}
     assert "fake: ended with 1 before its last case" in done.stdout
@@ -98,11 +102,3 @@ def test_a_rival_whose_process_fails_is_a_line(out):
     from benchmarks.kernels_rival import time_alone
 
     assert time_alone("benchmarks.kernels_fake", "apart", "ends") == ("ended with 1 after 0 measurements", "")
-
-
-def test_a_family_without_such_a_case_ends_in_order_behind_one_that_fails(out):
-    done = run(out, only="no such case", family="absent,fake")
-    assert "fake: " in done.stdout and "KeyError" not in done.stderr
-    record = json.loads(out.read_text())
-    assert [case["name"] for case in record["cases"]] == ["absent"] and "No module" in record["cases"][0]["failure"]
-    assert record["ended"] == ["absent", "fake"]
