@@ -20,7 +20,7 @@ class Carrier(Protocol):
         """The same, filled with zeros."""
 
     def rows(self, x: T, count: int) -> T:
-        """The first rows of ``x``, if possible in the same memory."""
+        """The first rows of ``x`` as they are now: the same memory or a copy."""
 
     def strides(self, x: T) -> tuple[int, ...]:
         """Elements from one index to the next, a number per dimension."""

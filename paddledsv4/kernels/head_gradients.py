@@ -92,12 +92,12 @@ def losses_and_gradients(
     tile = config(dtype)
     rows, columns = tile["ROWS"], tile["COLUMNS"]
     size = max(min(TOKENS_BLOCK // vocabulary, triton.cdiv(tokens, 2)) // rows, 1) * rows
-    if within := train and size <= width:
+    if train and size <= width:
         size, stretch = min(width // rows, triton.cdiv(tokens, rows)) * rows, stretch_of(vocabulary, width, tile)
-        scores, e_row = carrier.empty([stretch + vocabulary, width], dtype, weight), stretch
-        dw = carrier.rows(scores, vocabulary)
+        e_row = stretch
+        scores = dw = carrier.empty([e_row + vocabulary, width], dtype, weight)
     else:
-        scores, e_row, stretch = carrier.empty([vocabulary, size], dtype, x), 0, vocabulary
+        e_row, stretch, scores = 0, vocabulary, carrier.empty([vocabulary, size], dtype, x)
         dw = carrier.empty(weight.shape, dtype, weight) if train else None
     top, total = partials(carrier, x, weight, size)
     picked, losses, logs, factor = (carrier.empty([tokens], "float32", x) for _ in range(4))
@@ -117,6 +117,6 @@ def losses_and_gradients(
         multiply(carrier, scores, weight, dx, (count, width, vocabulary), (e_row, 0, start), True, factor=factor)
         step = stretch if last else vocabulary  # what is not the last goes to sum_dw, where no exponentials are
         for row in range(0, vocabulary, step) if train else ():
-            multiply(carrier, scores, scaled, scores if within else dw, (min(step, vocabulary - row), width, count),
-                     (e_row + row, 0, row), total=sum_dw, first=first, last=last)
-    return losses, dx, dw
+            multiply(carrier, scores, scaled, dw, (min(step, vocabulary - row), width, count), (e_row + row, 0, row),
+                     total=sum_dw, first=first, last=last)
+    return losses, dx, carrier.rows(dw, vocabulary) if train else None
