@@ -159,6 +159,7 @@ def _later(hidden: Tensor, weight: Tensor, labels: Tensor, *, train: bool):
 def _at_once(hidden: Tensor, weight: Tensor, labels: Tensor, *, mask: Tensor, train: bool):
     """The gradients of sum(losses mask), to be multiplied with what comes."""
     from paddledsv4.kernels.head_gradients import losses_and_gradients
+    from paddledsv4.kernels.scale import times
 
     s, b, width = hidden.shape
     mask = mask.astype("float32")
@@ -168,8 +169,7 @@ def _at_once(hidden: Tensor, weight: Tensor, labels: Tensor, *, mask: Tensor, tr
 
     def backward(dloss):
         factor = multiple(dloss, mask)
-        of_weight = (dw * factor).astype(weight.dtype) if train else None
-        return (dx.reshape(hidden.shape) * factor).astype(hidden.dtype), of_weight, None
+        return times(CARRIER, dx, factor).reshape(hidden.shape), times(CARRIER, dw, factor) if train else None, None
 
     return losses.reshape([s, b]).t(), backward
 
