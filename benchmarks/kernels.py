@@ -25,6 +25,7 @@ import triton
 import typer
 
 from benchmarks.kernel_timing import clean, copy_rate, gemm_rate
+from benchmarks.kernels_family import Result, save
 
 EXAMPLES = """Examples:
 
@@ -57,14 +58,14 @@ def main(
     options = json.dumps({"quick": quick, "only": only, "limit": limit, "without": without.split(",")})
     with tempfile.TemporaryDirectory() as folder:
         path = json_ or Path(folder, "kernels.json")
-        path.write_text(json.dumps(record))
+        save(record, path)
         for name in family.split(","):
             command = [sys.executable, "-m", "benchmarks.kernels_family", name, str(path.resolve()), options]
             code = subprocess.run(command, cwd=ROOT).returncode
             record = json.loads(path.read_text())
             if name not in record["ended"]:
                 print(f"{name}: ended with {code} before its last case", flush=True)
-    right = all(not case["failure"] and case["error"] <= case["limit"] for case in record["cases"])
+    right = all(Result(**case).right for case in record["cases"])
     raise typer.Exit(0 if right and record["ended"] == family.split(",") else 1)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from align.files import write_whole
 from benchmarks.kernel_case import Case
 from benchmarks.kernel_timing import clean, milliseconds
 from benchmarks.kernels_rival import ABSENT, LEFT_OUT, peer_time, reason, time_alone
@@ -112,9 +112,7 @@ def rivals(found: Result) -> str:
 
 def save(record: dict, path: Path) -> None:
     """All that is known so far: what comes later may not end."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record | {"seconds": time.time() - record["started"]}, indent=1))
-    os.replace(part, path)
+    write_whole(path, json.dumps(record | {"seconds": time.time() - record["started"]}, indent=1))
 
 
 def run(case: Case, module: str, record: dict, path: Path, limit: int, without: list[str]) -> None:

@@ -7,7 +7,6 @@ the parameters and the input. The indexer chooses entries; its own loss is left 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernel_case import relative_error
+from benchmarks.kernel_timing import clean
 
 EPS, LIMIT, STREAMS, ITERATIONS = 1e-6, 10.0, 4, 20
 
@@ -136,8 +136,7 @@ def experts(ops: Any, p: Layer, x: torch.Tensor) -> torch.Tensor:
 def measured(function: Callable) -> dict[str, float]:
     """Memory at the peak beyond what was there before, and the median time of three runs."""
     function()
-    gc.collect()
-    torch.cuda.empty_cache()
+    clean()
     torch.cuda.reset_peak_memory_stats()
     before, times = torch.cuda.memory_allocated(), []
     for _ in range(3):

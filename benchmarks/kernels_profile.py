@@ -43,6 +43,8 @@ def run(
     """Runs each chosen case once between the marks that the profiler waits for, after two runs that compile it."""
     import torch
 
+    from benchmarks.kernel_timing import clean
+
     cudart = torch.cuda.cudart()
     for name in family.split(","):
         for case in importlib.import_module(f"benchmarks.kernels_{name}").cases(quick):
@@ -55,7 +57,7 @@ def run(
                 torch.cuda.synchronize()
                 cudart.cudaProfilerStop()
             del case
-            torch.cuda.empty_cache()
+            clean()
 
 
 def rows_of(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:

@@ -20,25 +20,10 @@ import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.device import multiprocessors
-from paddledsv4.kernels.linear_cross_entropy import ABOVE, LOG2E, losses_of, partials
+from paddledsv4.kernels.linear_cross_entropy import LOG2E, losses_of, partials
 from paddledsv4.kernels.matmul import config, multiply
 
 TOKENS_BLOCK = 1 << 29  # elements of a block: 1 GiB in bfloat16
-
-
-@triton.jit
-def _bases(top, picked, logs, base, start, tokens, parts, TOKENS: tl.constexpr, PARTS: tl.constexpr):
-    """The one base of a token: the usual one, or the log of its sum if a tile has another."""
-    i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    inside = i < tokens
-    usual = tl.load(picked + start + i, inside, 0.0) + ABOVE
-    largest = usual
-    for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        at = part.to(tl.int64)[:, None] * tokens + i[None, :]
-        here = (part < parts)[:, None] & inside[None, :]
-        largest = tl.maximum(largest, tl.max(tl.load(top + at, here, -float("inf")), 0))
-    tl.store(base + i, tl.where(largest > usual, tl.load(logs + start + i, inside, 0.0), usual), inside)
 
 
 @triton.jit
@@ -106,9 +91,7 @@ def losses_and_gradients(
     sum_dw = carrier.empty(weight.shape, "float32", weight) if train and tokens > size else None
     for start in range(0, tokens, size):
         count, first, last = min(size, tokens - start), start == 0, start + size >= tokens
-        losses_of(carrier, x, weight, labels, top, total, picked, losses, logs, start, count, scores, e_row)
-        carrier.launch(_bases, (triton.cdiv(count, 32),), top, picked, logs, base, start, count, top.shape[0],
-                       TOKENS=32, PARTS=64, num_warps=4)
+        losses_of(carrier, x, weight, labels, top, total, picked, losses, logs, start, count, scores, e_row, base)
         carrier.launch(_rebase, (triton.cdiv(vocabulary, 64), triton.cdiv(count, 256)), scores, top, base, e_row,
                        count, vocabulary, scores.shape[1], COLUMNS=columns, WORDS=64, TOKENS=256, num_warps=8)
         carrier.launch(_weigh, (triton.cdiv(count, rows) * rows // 4,), x, scores, labels, picked, logs, dloss, base,

@@ -73,8 +73,12 @@ def _partials(x, w, e, picked, top, total, e_row, start, tokens, V, C, STORE: tl
 
 
 @triton.jit
-def _combine(top, total, picked, losses, logs, start, tokens, parts, TOKENS: tl.constexpr, PARTS: tl.constexpr):
-    """Parts [parts, tokens] -> log of the whole sum, and losses, from ``start`` on."""
+def _combine(top, total, picked, losses, logs, base, start, tokens, parts, STORE: tl.constexpr, TOKENS: tl.constexpr,
+             PARTS: tl.constexpr):
+    """Parts [parts, tokens] -> log of the whole sum, and losses, from ``start`` on.
+
+    STORE: the one base of a token, too: the usual one, or the log if a tile has another.
+    """
     i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = i < tokens
     largest, sums = tl.full([TOKENS], -float("inf"), tl.float32), tl.zeros([TOKENS], tl.float32)
@@ -90,7 +94,10 @@ def _combine(top, total, picked, losses, logs, start, tokens, parts, TOKENS: tl.
         largest = higher
     log = largest + tl.log(tl.where(inside, sums, 1.0))
     tl.store(logs + start + i, log, inside)
-    tl.store(losses + start + i, log - tl.load(picked + start + i, inside, 0.0), inside)
+    mine = tl.load(picked + start + i, inside, 0.0)
+    tl.store(losses + start + i, log - mine, inside)
+    if STORE:
+        tl.store(base + i, tl.where(largest > mine + ABOVE, log, mine + ABOVE), inside)
 
 
 @triton.jit
@@ -127,9 +134,9 @@ def partials(carrier: Carrier, x: T, weight: T, tokens: int) -> list[T]:
 
 
 def losses_of(carrier: Carrier, x: T, weight: T, labels: T, top: T, total: T, picked: T, losses: T, logs: T, start: int,
-              tokens: int, scores: T | None = None, e_row: int = 0) -> None:
+              tokens: int, scores: T | None = None, e_row: int = 0, base: T | None = None) -> None:
     """The labels' logits, losses and logs of ``tokens`` tokens from ``start`` on; ``scores`` gets their exponentials as
-    [vocabulary, tokens], from ``e_row`` on, relative to ``top``."""
+    [vocabulary, tokens], from ``e_row`` on, relative to ``top``, and ``base`` what a token's should be relative to."""
     (vocabulary, width), programs, tile = weight.shape, multiprocessors(), config(carrier.dtype(x))
     rows, columns, depth = tile["ROWS"], tile["COLUMNS"], tile["DEPTH"]
     of_x, of_w = carrier.tiles(x, [rows, depth]), carrier.tiles(weight, [columns, depth])
@@ -139,8 +146,8 @@ def losses_of(carrier: Carrier, x: T, weight: T, labels: T, top: T, total: T, pi
     carrier.launch(_partials, (programs,), of_x, of_w, carrier.tiles(scores, [columns, rows]) if store else of_x,
                    picked, top, total, e_row, start, tokens, vocabulary, width, STORE=store, PROGRAMS=programs,
                    **tile | {"GROUP": 16})
-    carrier.launch(_combine, (triton.cdiv(tokens, 32),), top, total, picked, losses, logs, start, tokens,
-                   triton.cdiv(vocabulary, columns), TOKENS=32, PARTS=64, num_warps=4)
+    carrier.launch(_combine, (triton.cdiv(tokens, 32),), top, total, picked, losses, logs, base if store else top,
+                   start, tokens, triton.cdiv(vocabulary, columns), STORE=store, TOKENS=32, PARTS=64, num_warps=4)
 
 
 def backward(carrier: Carrier, dloss: T, x: T, weight: T, labels: T, logs: T, train: bool = True) -> tuple[T, T | None]:

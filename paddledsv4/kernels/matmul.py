@@ -43,6 +43,15 @@ def _finish(piece, out, total, factor, row, column, M, N, out_row, FIRST: tl.con
 
 
 @triton.jit
+def _finish_halves(tile, out, total, factor, row, column, M, N, out_row, FIRST: tl.constexpr, LAST: tl.constexpr,
+                   SCALE: tl.constexpr):
+    """Its left and its right columns, each a piece."""
+    left, right = _halves(tile)
+    _finish(left, out, total, factor, row, column, M, N, out_row, FIRST, LAST, SCALE)
+    _finish(right, out, total, factor, row, column + tile.shape[1] // 2, M, N, out_row, FIRST, LAST, SCALE)
+
+
+@triton.jit
 def _product(a, b, out, total, factor, M, N, K, a_row, b_row, out_row, TRANSPOSE: tl.constexpr, FIRST: tl.constexpr,
              LAST: tl.constexpr, SCALE: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr,
              COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
@@ -59,17 +68,12 @@ def _product(a, b, out, total, factor, M, N, K, a_row, b_row, out_row, TRANSPOSE
                 left = a.load([a_row + r * ROWS, k])
             tile = tl.dot(left, b.load([b_row + k, c * COLUMNS]), tile, input_precision="ieee")
         row, column = r * ROWS, c * COLUMNS
-        one, two = _halves(tile)
         if FIRST and LAST:
-            _finish(one, out, total, factor, row, column, M, N, out_row, FIRST, LAST, SCALE)
-            _finish(two, out, total, factor, row, column + COLUMNS // 2, M, N, out_row, FIRST, LAST, SCALE)
+            _finish_halves(tile, out, total, factor, row, column, M, N, out_row, FIRST, LAST, SCALE)
         else:
-            first, second = _halves(one)
-            third, fourth = _halves(two)
-            _finish(first, out, total, factor, row, column, M, N, out_row, FIRST, LAST, SCALE)
-            _finish(second, out, total, factor, row, column + COLUMNS // 4, M, N, out_row, FIRST, LAST, SCALE)
-            _finish(third, out, total, factor, row, column + COLUMNS // 2, M, N, out_row, FIRST, LAST, SCALE)
-            _finish(fourth, out, total, factor, row, column + COLUMNS // 4 * 3, M, N, out_row, FIRST, LAST, SCALE)
+            left, right = _halves(tile)
+            _finish_halves(left, out, total, factor, row, column, M, N, out_row, FIRST, LAST, SCALE)
+            _finish_halves(right, out, total, factor, row, column + COLUMNS // 2, M, N, out_row, FIRST, LAST, SCALE)
 
 
 def config(dtype: str) -> dict[str, int]:

@@ -18,8 +18,9 @@ from align.locate.show import as_dict, verdict
 pytest.importorskip("torch", reason="the reference is the torch preset")
 
 BY_NAME = {bug.name: bug for bug in BUGS}
-QUICK = [  # one of a kind: a cast, the optimizer, the graph, one bit
-    "router logits cast early", "wrong beta2", "query cut off from the graph", "last bit of the norm",
+QUICK = [  # one of a kind: a cast, a shift, the optimizer, the graph, a gradient, one bit, a choice
+    "router logits cast early", "MTP roll off by one", "wrong beta2", "query cut off from the graph",
+    "sink gradient missing", "last bit of the norm", "causal mask of the indexer missing",
 ]  # fmt: skip
 
 

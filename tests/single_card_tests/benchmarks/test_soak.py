@@ -1,4 +1,4 @@
-"""The soak in small: 200 steps, four kills. And that it sees what a resume forgets."""
+"""The soak in small: 200 steps, six kills. And that it sees what a resume forgets."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from layouts import configs
 
 from benchmarks import soak
 
-STEPS, KILLS, INTERVAL = 200, 4, 10
+STEPS, KILLS, INTERVAL = 200, 6, 10
 BUGGY = """
 import sys
 from paddledsv4.host import prepare_host
