@@ -7,8 +7,9 @@ a token have other bases, these are brought to one.
 
 They are kept as [vocabulary, tokens] in the memory of dW, some rows behind where they would belong: dW is made from
 its first row on, each stretch of it where exponentials were that nothing needs any more. A block has as many tokens as
-dW has columns; where dW is not wanted or too narrow, e has memory of its own, at most :data:`TOKENS_BLOCK` elements,
-and no more than half of the tokens.
+dW has columns. If there are more, those of the first block are kept likewise in the memory of the float32 sum that dW
+becomes, twice as many of two bytes each. Where dW is not wanted or too narrow, e has memory of its own, at most
+:data:`TOKENS_BLOCK` elements, and no more than half of the tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton.language as tl
 
 from paddledsv4.kernels.carrier import Carrier, T
 from paddledsv4.kernels.device import multiprocessors
-from paddledsv4.kernels.linear_cross_entropy import LOG2E, losses_of, partials
+from paddledsv4.kernels.linear_cross_entropy import LOG2E, Losses
 from paddledsv4.kernels.matmul import config, multiply
 
 TOKENS_BLOCK = 1 << 29  # elements of a block: 1 GiB in bfloat16
@@ -68,38 +69,56 @@ def stretch_of(vocabulary: int, width: int, tile: dict[str, int]) -> int:
     return max(round(vocabulary / 16 / whole), 1) * whole
 
 
+def _blocks(
+    carrier: Carrier, x: T, weight: T, train: bool
+) -> tuple[T | None, T | None, int, list[tuple[int, int, T]]]:
+    """Memory of dW and of the sum that it becomes, None where there is none; the row at which exponentials begin in
+    whatever holds them; and blocks of tokens: the first one, how many, and the memory of their exponentials."""
+    (tokens, width), vocabulary, dtype = x.shape, weight.shape[0], carrier.dtype(x)
+    tile = config(dtype)
+    rows = tile["ROWS"]
+    size = max(min(TOKENS_BLOCK // vocabulary, triton.cdiv(tokens, 2)) // rows, 1) * rows
+    dw = sums = None
+    row, begin, scores = 0, 0, None
+    if train and size <= width:
+        size, row = min(width // rows, triton.cdiv(tokens, rows)) * rows, stretch_of(vocabulary, width, tile)
+        scores = dw = carrier.empty([row + vocabulary, width], dtype, weight)
+        if tokens > size:
+            sums = carrier.empty([row + vocabulary, width * (1 if dtype == "float32" else 2)], dtype, weight)
+            begin = min(sums.shape[1] // rows, triton.cdiv(tokens - size, rows)) * rows
+    else:
+        scores = carrier.empty([vocabulary, size], dtype, x)
+        if train:
+            dw = carrier.empty(weight.shape, dtype, weight)
+            sums = carrier.empty(weight.shape, "float32", weight) if tokens > size else None
+    blocks = [(0, begin, sums)] if begin else []
+    blocks += [(start, min(size, tokens - start), scores) for start in range(begin, tokens, size)]
+    return dw, sums, row, blocks
+
+
 def losses_and_gradients(
     carrier: Carrier, x: T, weight: T, labels: T, dloss: T, train: bool = True
 ) -> tuple[T, T, T | None]:
     """x [tokens, C], weight [V, C] of one dtype, labels [tokens] of integers below V, dloss [tokens] -> losses [tokens]
     float32, dx and dW in their dtypes; unless it is to ``train``, no dW. Rows have a multiple of 16 bytes."""
     (tokens, width), vocabulary, dtype = x.shape, weight.shape[0], carrier.dtype(x)
-    tile = config(dtype)
-    rows, columns = tile["ROWS"], tile["COLUMNS"]
-    size = max(min(TOKENS_BLOCK // vocabulary, triton.cdiv(tokens, 2)) // rows, 1) * rows
-    if train and size <= width:
-        size, stretch = min(width // rows, triton.cdiv(tokens, rows)) * rows, stretch_of(vocabulary, width, tile)
-        e_row = stretch
-        scores = dw = carrier.empty([e_row + vocabulary, width], dtype, weight)
-    else:
-        e_row, stretch, scores = 0, vocabulary, carrier.empty([vocabulary, size], dtype, x)
-        dw = carrier.empty(weight.shape, dtype, weight) if train else None
-    top, total = partials(carrier, x, weight, size)
-    picked, losses, logs, factor = (carrier.empty([tokens], "float32", x) for _ in range(4))
-    base, dx = carrier.empty([size], "float32", x), carrier.empty(x.shape, dtype, x)
-    scaled = carrier.empty([size, width], dtype, x) if train else x
-    sum_dw = carrier.empty(weight.shape, "float32", weight) if train and tokens > size else None
-    for start in range(0, tokens, size):
-        count, first, last = min(size, tokens - start), start == 0, start + size >= tokens
-        losses_of(carrier, x, weight, labels, top, total, picked, losses, logs, start, count, scores, e_row, base)
-        carrier.launch(_rebase, (triton.cdiv(vocabulary, 64), triton.cdiv(count, 256)), scores, top, base, e_row,
-                       count, vocabulary, scores.shape[1], COLUMNS=columns, WORDS=64, TOKENS=256, num_warps=8)
-        carrier.launch(_weigh, (triton.cdiv(count, rows) * rows // 4,), x, scores, labels, picked, logs, dloss, base,
-                       factor, scaled, e_row, start, count, width, scores.shape[1], TOKENS=4,
+    rows, columns = (config(dtype)[name] for name in ("ROWS", "COLUMNS"))
+    dw, sums, e_row, blocks = _blocks(carrier, x, weight, train)
+    most = triton.cdiv(max(count for _, count, _ in blocks), rows) * rows
+    found, factor = Losses(carrier, x, weight, labels, most), carrier.empty([tokens], "float32", x)
+    base, dx = carrier.empty([most], "float32", x), carrier.empty(x.shape, dtype, x)
+    scaled = carrier.empty([most, width], dtype, x) if train else x
+    for start, count, e in blocks:
+        first, last = start == 0, start + count == tokens
+        found.compute(start, count, e, e_row, base)
+        carrier.launch(_rebase, (triton.cdiv(vocabulary, 64), triton.cdiv(count, 256)), e, found.top, base, e_row,
+                       count, vocabulary, e.shape[1], COLUMNS=columns, WORDS=64, TOKENS=256, num_warps=8)
+        carrier.launch(_weigh, (triton.cdiv(count, rows) * rows // 4,), x, e, labels, found.picked, found.logs, dloss,
+                       base, factor, scaled, e_row, start, count, width, e.shape[1], TOKENS=4,
                        BLOCK=min(512, triton.next_power_of_2(width)), TRAIN=train, num_warps=4)
-        multiply(carrier, scores, weight, dx, (count, width, vocabulary), (e_row, 0, start), True, factor=factor)
-        step = stretch if last else vocabulary  # what is not the last goes to sum_dw, where no exponentials are
+        multiply(carrier, e, weight, dx, (count, width, vocabulary), (e_row, 0, start), True, factor=factor, group=16)
+        step = e_row if e is (dw if last else sums) else vocabulary  # a stretch at a time where exponentials are
         for row in range(0, vocabulary, step) if train else ():
-            multiply(carrier, scores, scaled, dw, (min(step, vocabulary - row), width, count), (e_row + row, 0, row),
-                     total=sum_dw, first=first, last=last)
-    return losses, dx, carrier.rows(dw, vocabulary) if train else None
+            multiply(carrier, e, scaled, dw, (min(step, vocabulary - row), width, count), (e_row + row, 0, row),
+                     total=sums, first=first, last=last, group=4)
+    return found.losses, dx, carrier.rows(dw, vocabulary) if train else None

@@ -40,9 +40,11 @@ LEFT, RIGHT = gl.constexpr(0), gl.constexpr(1)
 
 
 @gluon.jit
-def _place(item, b, H, BLOCK_H: gl.constexpr):
-    """Row, batch and first head of a piece of work."""
+def _place(item, items, b, H, BLOCK_H: gl.constexpr):
+    """Row, batch and first head of a piece of work: the last rows first, as the first ones, of few keys, end sooner
+    where a round is not full."""
     blocks = (H + BLOCK_H - 1) // BLOCK_H
+    item = items - 1 - item
     token = item // blocks
     return token // b, token % b, item % blocks * BLOCK_H
 
@@ -55,10 +57,10 @@ def _into_cache(pointers):
 
 
 @gluon.jit
-def _prefetch(q, selected, item, b, s, K, H, D: gl.constexpr, HALF: gl.constexpr, FAR: gl.constexpr,
+def _prefetch(q, selected, item, items, b, s, K, H, D: gl.constexpr, HALF: gl.constexpr, FAR: gl.constexpr,
               BLOCK_H: gl.constexpr):
     """Half of a query's columns and half of its list, into the L2 cache, while the query before is attended to."""
-    row, batch, first_head = _place(item, b, H, BLOCK_H)
+    row, batch, first_head = _place(item, items, b, H, BLOCK_H)
     LINES: gl.constexpr = D // 2 // 64  # of a half row
     i = gl.arange(0, BLOCK_H * LINES, gl.BlockedLayout([1], [32], [1], [0]))
     head = gl.minimum(first_head + i // LINES, H - 1)
@@ -88,14 +90,14 @@ def _gather(tensors, memory, notes, signals, sizes, SIDE: gl.constexpr, HALF: gl
     d = HALF * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, copies))
     step = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        row, batch, first_head = _place(item, b, H, BLOCK_H)
+        row, batch, first_head = _place(item, items, b, H, BLOCK_H)
         if SIDE == RIGHT:  # the odd tiles are free later than the query's memory
             mbarrier.wait(ready[RIGHT], (step + 1) % 2)  # the last scores of the query before
             fetch(q + ((row.to(gl.int64) * b + batch) * H + first_head) * D, queries.index(HALF), H - first_head,
                   HALF * WIDTH, D)
             async_copy.commit_group()
             ahead = gl.minimum(item + gl.num_programs(0), items - 1)
-            _prefetch(q, selected, ahead, b, s, K, H, D, HALF, FAR, BLOCK_H)
+            _prefetch(q, selected, ahead, items, b, s, K, H, D, HALF, FAR, BLOCK_H)
         far = far_slots(selected, row, batch, s, K, g, ratio, offset, FAR, BLOCK_K)
         pairs = (tiles_of(far, WINDOW, BLOCK_N) + 1) // 2
         limit = K if FAR == 2 else far  # behind the last entry -1 follows; of K more is known when this is compiled
@@ -197,7 +199,7 @@ def _attend(sink, out, lse, scale, memory, notes, signals, tops, sums, sizes, SI
     none = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, scores)
     step, turn = gl.to_tensor(0), gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        row, batch, first_head = _place(item, b, H, BLOCK_H)
+        row, batch, first_head = _place(item, items, b, H, BLOCK_H)
         token = row.to(gl.int64) * b + batch
         mine = first_head + gl.arange(0, BLOCK_H, by_head)
         start = gl.load(sink + mine, mine < H, 0.0).to(gl.float32) * LOG2E

@@ -117,37 +117,42 @@ def _gradient(x, w, g, labels, logs, dloss, tokens, first, count, V, C, PROGRAMS
         g.store([r * ROWS, c * COLUMNS], tl.where((j < V)[None, :], p, 0.0).to(g.dtype))
 
 
+class Losses:
+    """The losses of tokens, computed by blocks of at most ``block`` tokens, and what it takes: per token the label's
+    logit ``picked`` and the ``logs`` of the sums, [tokens] float32 like the ``losses``; per tile of a block its base,
+    ``top``, and its sum, ``total``, [tiles, block].
+
+    x [tokens, C], weight [V, C] of one dtype, labels [tokens] of integers below V; rows have a multiple of 16 bytes.
+    """
+
+    def __init__(self, carrier: Carrier, x: T, weight: T, labels: T, block: int):
+        self.carrier, self.x, self.weight, self.labels = carrier, x, weight, labels
+        self.tile = config(carrier.dtype(x))
+        self.parts = triton.cdiv(weight.shape[0], self.tile["COLUMNS"])
+        self.top, self.total = (carrier.empty([self.parts, block], "float32", x) for _ in range(2))
+        self.picked, self.losses, self.logs = (carrier.empty([x.shape[0]], "float32", x) for _ in range(3))
+
+    def compute(self, start: int, tokens: int, scores: T | None = None, e_row: int = 0, base: T | None = None) -> None:
+        """Those of ``tokens`` tokens from ``start`` on. ``scores`` gets their exponentials as [vocabulary, tokens],
+        from ``e_row`` on, relative to ``top``, and ``base`` what a token's should be relative to."""
+        carrier, x, weight, labels, picked, top = self.carrier, self.x, self.weight, self.labels, self.picked, self.top
+        (vocabulary, width), programs, tile, store = weight.shape, multiprocessors(), self.tile, scores is not None
+        rows, columns, depth = tile["ROWS"], tile["COLUMNS"], tile["DEPTH"]
+        of_x, of_w = carrier.tiles(x, [rows, depth]), carrier.tiles(weight, [columns, depth])
+        carrier.launch(_label_logits, (triton.cdiv(tokens, 4),), x, weight, labels, picked, start, tokens, width,
+                       TOKENS=4, BLOCK=min(512, triton.next_power_of_2(width)), num_warps=4)
+        carrier.launch(_partials, (programs,), of_x, of_w, carrier.tiles(scores, [columns, rows]) if store else of_x,
+                       picked, top, self.total, e_row, start, tokens, vocabulary, width, STORE=store,
+                       PROGRAMS=programs, **tile | {"GROUP": 16})
+        carrier.launch(_combine, (triton.cdiv(tokens, 32),), top, self.total, picked, self.losses, self.logs,
+                       base if store else top, start, tokens, self.parts, STORE=store, TOKENS=32, PARTS=64, num_warps=4)
+
+
 def forward(carrier: Carrier, x: T, weight: T, labels: T) -> tuple[T, T]:
-    """x [tokens, C], weight [V, C] of one dtype, labels [tokens] of integers below V -> losses and the logarithms of
-    the sums, [tokens] float32 each. Rows have a multiple of 16 bytes."""
-    tokens = x.shape[0]
-    top, total = partials(carrier, x, weight, tokens)
-    picked, losses, logs = (carrier.empty([tokens], "float32", x) for _ in range(3))
-    losses_of(carrier, x, weight, labels, top, total, picked, losses, logs, 0, tokens)
-    return losses, logs
-
-
-def partials(carrier: Carrier, x: T, weight: T, tokens: int) -> list[T]:
-    """Memory for what ``losses_of`` keeps of every tile, of at most so many tokens."""
-    parts = triton.cdiv(weight.shape[0], config(carrier.dtype(x))["COLUMNS"])
-    return [carrier.empty([parts, tokens], "float32", x) for _ in range(2)]
-
-
-def losses_of(carrier: Carrier, x: T, weight: T, labels: T, top: T, total: T, picked: T, losses: T, logs: T, start: int,
-              tokens: int, scores: T | None = None, e_row: int = 0, base: T | None = None) -> None:
-    """The labels' logits, losses and logs of ``tokens`` tokens from ``start`` on; ``scores`` gets their exponentials as
-    [vocabulary, tokens], from ``e_row`` on, relative to ``top``, and ``base`` what a token's should be relative to."""
-    (vocabulary, width), programs, tile = weight.shape, multiprocessors(), config(carrier.dtype(x))
-    rows, columns, depth = tile["ROWS"], tile["COLUMNS"], tile["DEPTH"]
-    of_x, of_w = carrier.tiles(x, [rows, depth]), carrier.tiles(weight, [columns, depth])
-    store = scores is not None
-    carrier.launch(_label_logits, (triton.cdiv(tokens, 4),), x, weight, labels, picked, start, tokens, width, TOKENS=4,
-                   BLOCK=min(512, triton.next_power_of_2(width)), num_warps=4)
-    carrier.launch(_partials, (programs,), of_x, of_w, carrier.tiles(scores, [columns, rows]) if store else of_x,
-                   picked, top, total, e_row, start, tokens, vocabulary, width, STORE=store, PROGRAMS=programs,
-                   **tile | {"GROUP": 16})
-    carrier.launch(_combine, (triton.cdiv(tokens, 32),), top, total, picked, losses, logs, base if store else top,
-                   start, tokens, triton.cdiv(vocabulary, columns), STORE=store, TOKENS=32, PARTS=64, num_warps=4)
+    """x, weight and labels as for :class:`Losses` -> losses and the logarithms of the sums, [tokens] float32 each."""
+    found = Losses(carrier, x, weight, labels, x.shape[0])
+    found.compute(0, x.shape[0])
+    return found.losses, found.logs
 
 
 def backward(carrier: Carrier, dloss: T, x: T, weight: T, labels: T, logs: T, train: bool = True) -> tuple[T, T | None]:

@@ -57,6 +57,7 @@ def _product(a, b, out, total, factor, M, N, K, a_row, b_row, out_row, TRANSPOSE
              COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
     """a b, or a^T b, with rows of a, b and the result from ``a_row``, ``b_row`` and ``out_row`` on; for the rest see
     ``_finish``. A tile is finished in pieces: whole, it would not fit beside the next tile's a and b."""
+    total = total.to(tl.pointer_type(tl.float32))  # whatever is else kept in that memory
     rows, columns = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
     for t in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
         r, c = place(t, rows, columns, GROUP)
@@ -85,12 +86,13 @@ def config(dtype: str) -> dict[str, int]:
 
 def multiply(carrier: Carrier, a: T, b: T, out: T, sizes: tuple[int, int, int], at: tuple[int, int, int],
              transpose: bool = False, total: T | None = None, first: bool = True, last: bool = True,
-             factor: T | None = None) -> None:
+             factor: T | None = None, group: int = 8) -> None:
     """out = a b, or a^T b, where M, N, K of it are ``sizes``, and its rows begin in a, b and out ``at`` those; a and b
     read as zeros beyond their ends. Rows times ``factor`` [M], float32, if it is given.
 
-    A sum of several products: into ``total``, float32, from the ``first`` on, and with the ``last`` into out. out may
-    be the memory of a where no row is written that is still to be read.
+    A sum of several products: into ``total``, memory for float32 [.., N], from the ``first`` on, and with the ``last``
+    into out. Both may be the memory of a where no row is written that is still to be read. ``group`` rows of tiles are
+    multiplied with all columns before the next ones are.
     """
     tile, programs = config(carrier.dtype(a)), multiprocessors()
     rows, columns, depth = tile["ROWS"], tile["COLUMNS"], tile["DEPTH"]
@@ -99,4 +101,4 @@ def multiply(carrier: Carrier, a: T, b: T, out: T, sizes: tuple[int, int, int], 
     total, scale = b if total is None else total, factor is not None
     carrier.launch(_product, (programs,), of_a, carrier.tiles(b, [depth, columns]), of_out, total,
                    factor if scale else total, *sizes, *at, TRANSPOSE=transpose, FIRST=first, LAST=last, SCALE=scale,
-                   PROGRAMS=programs, **tile)
+                   PROGRAMS=programs, **tile | {"GROUP": group})
