@@ -7,6 +7,7 @@ and so is whatever a run leaves to be written back.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 from collections.abc import Callable, Iterator
@@ -65,8 +66,7 @@ def _count(once: float) -> int:
 
 
 def clean() -> None:
-    """Gives back the memory that nothing holds. cuBLAS' workspaces, one a stream, are cut out of whatever block was
-    free, and hold all of it."""
+    """Gives back the memory that nothing holds, and cuBLAS' workspaces, of which every stream has one."""
     gc.collect()
     if torch.cuda.is_available():
         torch._C._cuda_clearCublasWorkspaces()
@@ -97,11 +97,23 @@ def _captured(run: Callable, times: int) -> torch.cuda.CUDAGraph:
         _flush()
         run()  # a library may set itself up on the stream that it finds
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            run()
+    graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            for _ in range(times):
+                run()
+    except BaseException:
+        _abandon(pool)
+        torch.cuda.set_stream(stream)
+        raise
     return graph
+
+
+def _abandon(pool: tuple[int, int]) -> None:
+    """Ends a capture that failed. torch would count it as under way, and while one is, it gives no memory back."""
+    with contextlib.suppress(RuntimeError):  # the capture itself ended well
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
 
 def _timed(run: Callable, before: Callable | None = None) -> float:

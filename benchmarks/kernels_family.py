@@ -23,8 +23,8 @@ from benchmarks.kernels_rival import ABSENT, LEFT_OUT, peer_time, reason, time_a
 
 @dataclass
 class Result:
-    """What was found of a case; ``peers`` has milliseconds, or in words why there are none, and ``remarks`` what is to
-    be said of some of these times."""
+    """What was found of a case; ``peers`` has milliseconds, or in words why there are none, ``beside`` ours where they
+    were measured in a process of their own, and ``remarks`` what is to be said of some of these times."""
 
     name: str
     ms: float = 0.0
@@ -35,6 +35,7 @@ class Result:
     limit: float = 0.0
     unfused_ms: float | None = None
     peers: dict[str, float | str] = field(default_factory=dict)
+    beside: dict[str, float] = field(default_factory=dict)
     remarks: dict[str, str] = field(default_factory=dict)
     goal: str = ""
     failure: str = ""
@@ -43,6 +44,13 @@ class Result:
     def right(self) -> bool:
         """Whether the kernel ran and its error is within its limit; NaN is not."""
         return not self.failure and self.error <= self.limit
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """How many times our time the others take: plain torch ("unfused") and the peers that have a time."""
+        times = ({"unfused": self.unfused_ms} if self.unfused_ms else {}) | self.peers
+        return {name: t / self.beside.get(name, self.ms) for name, t in times.items()
+                if isinstance(t, float) and self.ms}
 
 
 def measure(case: Case, ceilings: dict[str, float]) -> Result:
@@ -68,8 +76,10 @@ def measure_rivals(case: Case, found: Result, without: list[str], module: str) -
         if name in without:
             found.peers[name] = LEFT_OUT
         elif name in case.alone:
-            found.peers[name], remark = time_alone(module, case.name, name)
-            found.remarks |= {name: remark} if remark else {}
+            alone = time_alone(module, case.name, name)
+            found.peers[name] = alone.theirs
+            found.beside |= {name: alone.ours} if alone.ours else {}
+            found.remarks |= {name: alone.remark} if alone.remark else {}
         else:
             found.peers[name] = peer_time(make, case.graph)
     found.goal = verdict(case, found)
@@ -81,14 +91,14 @@ def verdict(case: Case, found: Result) -> str:
         return ""
     if case.rival is None:
         return f"{'met' if found.share >= case.goal else 'missed'} ({case.goal:.0%} of the ceiling)"
-    times = {name: t for name, t in found.peers.items() if isinstance(t, float)}
+    ratios = {name: ratio for name, ratio in found.ratios.items() if name in found.peers}
     failed = [name for name, t in found.peers.items() if isinstance(t, str) and not t.startswith(ABSENT)]
     if failed and case.rival == "fastest peer":
         return f"open: {', '.join(failed)} failed"
-    rival = min(times, key=times.get, default=None) if case.rival == "fastest peer" else case.rival
-    if rival not in times:
+    rival = min(ratios, key=ratios.get, default=None) if case.rival == "fastest peer" else case.rival
+    if rival not in ratios:
         return f"open: {case.rival} did not run"
-    return f"{'met' if times[rival] / found.ms >= case.goal else 'missed'} ({case.goal:.2g} x the rate of {rival})"
+    return f"{'met' if ratios[rival] >= case.goal else 'missed'} ({case.goal:.2g} x the rate of {rival})"
 
 
 def line(found: Result) -> str:
@@ -102,12 +112,15 @@ def line(found: Result) -> str:
 
 
 def rivals(found: Result) -> str:
-    times = {"unfused": found.unfused_ms} if found.unfused_ms else {}
-    return ", ".join(
-        (f"{name} {t:.3f} ms" + (f" = {t / found.ms:.2f} x" if found.ms else "") if isinstance(t, float)
-         else f"{name}: {t}") + (f" ({found.remarks[name]})" if name in found.remarks else "")
-        for name, t in (times | found.peers).items()
-    )  # fmt: skip
+    """The others: time, ratio, our time if it was another beside this one, and what there is to remark."""
+    times, parts = ({"unfused": found.unfused_ms} if found.unfused_ms else {}) | found.peers, []
+    for name, t in times.items():
+        remarks = [f"ours {found.beside[name]:.3f}"] if name in found.beside else []
+        remarks += [found.remarks[name]] if name in found.remarks else []
+        text = f"{name}: {t}" if isinstance(t, str) else f"{name} {t:.3f} ms"
+        text += f" = {found.ratios[name]:.2f} x" if name in found.ratios else ""
+        parts.append(text + (f" ({'; '.join(remarks)})" if remarks else ""))
+    return ", ".join(parts)
 
 
 def save(record: dict, path: Path) -> None:

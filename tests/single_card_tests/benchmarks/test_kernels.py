@@ -95,10 +95,36 @@ def test_a_rival_that_stops_ends_its_own_process_and_what_it_did_counts(out):
     done = run(out, only="apart")
     (apart,) = json.loads(out.read_text())["cases"]
     assert apart["peers"] == {"stops": 1.0, "quick": 1.0, "ends": "left out"}
-    assert apart["remarks"] == {"stops": "hung after 5 measurements"} and "(hung after 5" in done.stdout
+    assert apart["beside"] == {"stops": 1.0} and apart["remarks"] == {"stops": "hung, 5 measurements"}
+    assert "stops 1.000 ms = 1.00 x (ours 1.000; hung, 5 measurements)" in done.stdout
 
 
 def test_a_rival_whose_process_fails_is_a_line(out):
-    from benchmarks.kernels_rival import time_alone
+    from benchmarks.kernels_rival import Alone, time_alone
 
-    assert time_alone("benchmarks.kernels_fake", "apart", "ends") == ("ended with 1 after 0 measurements", "")
+    assert time_alone("benchmarks.kernels_fake", "apart", "ends") == Alone("ended with 1 after 0 measurements")
+
+
+@pytest.mark.parametrize("each, found", [(2, (2.0, 1.0, "hung 3 times, 6 measurements")),
+                                         (5, (2.0, 1.0, "hung, 5 measurements")),
+                                         (0, ("hung 3 times, 0 measurements", None, ""))])  # fmt: skip
+def test_what_processes_that_hang_measured_adds_up(each, found, monkeypatch):
+    from benchmarks import kernels_rival
+
+    monkeypatch.setattr(kernels_rival, "_process", lambda _: (1, "Timeout (0:00:04)!", [[1.0, 2.0]] * each))
+    assert kernels_rival.time_alone("module", "case", "rival") == found
+
+
+def test_the_table_has_ratios_to_what_stood_beside(out, capsys):
+    """Not to our time in the family's process, on a cooler chip."""
+    from benchmarks.kernels_family import Result
+    from benchmarks.kernels_table import main
+
+    found = Result("race", 2.0, 3e12, 0.5, "flops", 1e-3, 1e-2, 8.0, {"slow": 4.4, "quack": "left out", "liger": 3.0},
+                   {"slow": 2.2}, {"slow": "hung, 5 measurements"}, "met")  # fmt: skip
+    out.write_text(json.dumps({"cases": [vars(found), vars(Result("gone", failure="boom"))]}))
+    main(out)
+    _, _, race, gone = capsys.readouterr().out.splitlines()
+    peers = "slow 2.00 x (4.400, ours 2.200 ms; hung, 5 measurements)<br>quack: left out<br>liger 1.50 x"
+    assert race == f"| race | 2.000 | 3 TFLOP/s | 50% | 1.0e-03 | 4.00 x | {peers} | met |"
+    assert gone == "| gone | failed: boom |  |  |  |  |  |  |"
