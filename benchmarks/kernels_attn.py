@@ -18,7 +18,8 @@ def tilelang_forward(x: plain.Inputs):
     """tilelang's example sparse_mla_fwd_pipelined.py, whose file must be importable: not part of the wheel.
 
     It has no sink, and 64 more dims in the scores than in the values: these are zeros here. It takes one list of rows
-    for all keys; what is not there is an index behind its causal limit.
+    for all keys; what is not there is an index behind its causal limit. Such a key it does not load, and multiplies
+    what stands in its memory with zero, which may give NaN: only queries that have all keys are compared.
     """
     from sparse_mla_fwd_pipelined import sparse_mla_fwd
 
@@ -26,14 +27,16 @@ def tilelang_forward(x: plain.Inputs):
     keys = torch.nn.functional.pad(torch.cat([x.kv, x.compressed]), (0, 64)).transpose(0, 1).unsqueeze(2).contiguous()
     query = torch.nn.functional.pad(x.query, (0, 64)).transpose(0, 1).contiguous()
     index = plain.key_index(x.selected, 0, tokens, tokens)
+    complete = (index >= 0).all(-1)
     index = torch.where(index < 0, none, index).int()[None, :, None].contiguous()
     start = torch.tensor([none // 2], dtype=torch.int32, device="cuda")
     static = (plain.HEADS, plain.D, 64, index.shape[-1], 1, 1, plain.D**-0.5, True, False)
     kernel = sparse_mla_fwd.compile(query, keys, index, start, *static)
     out = kernel(query, keys, index, start)[0][0]
     ours = sparse_attention.forward(CARRIER, *x.tensors[:4], torch.full_like(x.sink, float("-inf")), **plain.STATIC)[0]
-    if not worst([(out, ours[:, 0])]) <= 1e-2:
-        raise ValueError(f"its result is off by {worst([(out, ours[:, 0])]):.1e}")
+    error = worst([(out[complete], ours[complete, 0])])
+    if not error <= 1e-2:
+        raise ValueError(f"its result is off by {error:.1e}")
     return lambda: kernel(query, keys, index, start)
 
 

@@ -156,6 +156,7 @@ def main(name: str, path: Path, quick: bool, only: str, limit: int, without: lis
                     run(case, module.__name__, record, path, limit, without)
                 del case
                 clean()
+        clean()
         kept = torch.cuda.memory_reserved()
     except Exception as error:
         record["cases"].append(asdict(Result(name, failure=reason(error))))
