@@ -80,10 +80,9 @@ def time_alone(module: str, case: str, rival: str) -> Alone:
         hung += 1
         if len(pairs) >= ENOUGH:
             break
-    measured = f"{len(pairs)} measurements"
-    remark = f"hung{f' {hung} times' if hung > 1 else ''}, {measured}" if hung else ""
+    remark = f"hung{f' {hung} times' if hung > 1 else ''}, {len(pairs)} measurements" if hung else ""
     if code and not hung:
-        remark = f"ended with {code} after {measured}"
+        remark = f"ended with {code} after {len(pairs)} measurements"
     if code and len(pairs) < ENOUGH:
         return Alone(remark)
     return Alone(median(theirs for _, theirs in pairs), median(ours for ours, _ in pairs), remark)
