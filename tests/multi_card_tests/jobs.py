@@ -311,7 +311,7 @@ def killed(groups: Groups, file: str) -> None:
 def hanging(groups: Groups, file: str) -> None:
     """Rank 1 comes to nothing."""
     if groups.world.rank == 1:
-        time.sleep(20)
+        time.sleep(12)
         return
     groups.world.barrier()
 
