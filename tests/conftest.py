@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LONG = {
     "test_ranks", "test_locate", "test_soak", "test_head_kernels", "test_align_launch", "test_bitwise", "test_loading",
     "test_failures", "test_finite_guard", "test_switches", "test_signals", "test_sft_launch", "test_packed_documents",
-    "test_steps_keep_nothing", "test_first_steps", "test_bisect", "test_checkpoint_directory",
+    "test_steps_keep_nothing", "test_first_steps", "test_bisect", "test_checkpoint_directory", "test_stopping",
+    "test_guard", "test_train_launch", "test_planted_bugs",
 }  # fmt: skip
 
 
