@@ -78,14 +78,13 @@ def _blocks(
     tile = config(dtype)
     rows = tile["ROWS"]
     size = max(min(TOKENS_BLOCK // vocabulary, triton.cdiv(tokens, 2)) // rows, 1) * rows
-    dw = sums = None
-    row, begin, scores = 0, 0, None
+    dw, sums, row, begin = None, None, 0, 0
     if train and size <= width:
         size, row = min(width // rows, triton.cdiv(tokens, rows)) * rows, stretch_of(vocabulary, width, tile)
         scores = dw = carrier.empty([row + vocabulary, width], dtype, weight)
         if tokens > size:
             sums = carrier.empty([row + vocabulary, width * (1 if dtype == "float32" else 2)], dtype, weight)
-            begin = min(sums.shape[1] // rows, triton.cdiv(tokens - size, rows)) * rows
+            begin = min(sums.shape[1] // rows, triton.cdiv(tokens - size, rows)) * rows  # the last block is in dW
     else:
         scores = carrier.empty([vocabulary, size], dtype, x)
         if train:
