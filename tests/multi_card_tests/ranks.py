@@ -46,6 +46,7 @@ def free_port() -> int:
 
 def _rank(script: Path, arguments: tuple[str, ...], settings: dict[str, str], files: Path) -> None:
     """What a process does: as if it were started with ``settings`` as its environment and wrote to FILES.1 and .2."""
+    os.environ.clear()
     os.environ.update(settings)
     os.chdir(ROOT)
     for stream in (1, 2):

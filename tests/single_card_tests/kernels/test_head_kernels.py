@@ -122,7 +122,7 @@ def test_logits_far_from_zero():
         assert losses <= 1e-5 and dw <= 1e-4 and dx <= 1e-3
 
 
-@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_labels_far_below_the_largest_logit(shape):
     """Of some tokens: exponentials relative to the label's would overflow."""
     hidden, weight, mask, labels = inputs(shape, "float32")
